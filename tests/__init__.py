@@ -1,0 +1,1 @@
+"""The tests of queue-scaler, and the worlds they run it in."""

@@ -1,0 +1,115 @@
+"""A Deployment, a queue, and `scaler.py` run between them as a process, as the CronJob would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from tests.fakes.kubernetes import FakeKubernetes
+
+REPOSITORY = Path(__file__).parent.parent
+PROJECT = "demo-queue-scaler"
+BUSY = '[["status", "==", "processing"]]'
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the scaler left: `record` is its termination message."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    record: dict[str, Any]
+    seconds: float
+
+    @property
+    def reason(self) -> str:
+        return str(self.record.get("reason"))
+
+    def __str__(self) -> str:
+        return f"exit code {self.exit_code}\n{self.stdout}{self.stderr}"
+
+
+@dataclass
+class World:
+    """One cluster and one queue. `firestore` is the host and port of an emulator or a fake.
+
+    `now` is the scaler's clock, moved by `pass_time`; None leaves the real one.
+    """
+
+    cluster: FakeKubernetes
+    firestore: str
+    name: str = "worker"
+    now: datetime | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        """What the container's environment would be, and nothing of this process's own."""
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.directory),
+            "KUBECONFIG": str(self.cluster.write_kubeconfig(self.directory / "kubeconfig")),
+            "FIRESTORE_EMULATOR_HOST": self.firestore,
+            "FIRESTORE_PROJECT": PROJECT,
+            "DEPLOYMENT": self.name,
+            "QUEUE_COLLECTION": "jobs",
+            **self.settings,
+            **settings,
+        }
+
+    def command(self, *arguments: str) -> list[str]:
+        if self.now is None:
+            return [sys.executable, str(REPOSITORY / "scaler.py"), *arguments]
+        return [sys.executable, "-m", "tests.clock", self.now.isoformat(), *arguments]
+
+    def start(self, *arguments: str, log: Path, **settings: str) -> subprocess.Popen[str]:
+        """A run that the caller waits for, its result record going to `log`."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            env={**self.environment(**settings), "TERMINATION_LOG": str(log)},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **settings: str) -> Run:
+        """One run, to its end; `settings` are more variables for this run only."""
+        log = self.directory / "termination-log"
+        log.unlink(missing_ok=True)
+        begun = datetime.now()
+        process = self.start(*arguments, log=log, **settings)
+        stdout, stderr = process.communicate(timeout=120)
+        seconds = (datetime.now() - begun).total_seconds()
+        record = json.loads(log.read_text()) if log.exists() else {}
+        return Run(process.returncode, stdout, stderr, record, seconds)
+
+    def pass_time(self, seconds: float = 60) -> None:
+        assert self.now, "the clock of this world is the real one"
+        self.now += timedelta(seconds=seconds)
+
+    @property
+    def replicas(self) -> int | None:
+        return self.cluster.replicas(self.name)
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        """The scaler's own annotations, without their prefix."""
+        return {
+            name.removeprefix("queue-scaler/"): value
+            for name, value in self.cluster.annotations(self.name).items()
+            if name.startswith("queue-scaler/")
+        }
+
+    @property
+    def resource_version(self) -> str:
+        return str(self.cluster.deployment(self.name)["metadata"]["resourceVersion"])
