@@ -1,0 +1,60 @@
+"""Fixtures: the two fakes, the official emulator, and the worlds made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.cloud.firestore import Client
+
+from tests.fakes.emulator import Emulator, emulator_or_reason
+from tests.fakes.firestore import FakeFirestore
+from tests.fakes.kubernetes import FakeKubernetes
+from tests.world import PROJECT, START, World
+
+
+@pytest.fixture
+def cluster() -> Iterator[FakeKubernetes]:
+    """A Kubernetes API with a Deployment "worker" of one pod."""
+    with FakeKubernetes(seed=1) as cluster:
+        cluster.add_deployment("worker", replicas=1)
+        yield cluster
+
+
+@pytest.fixture
+def queue() -> Iterator[FakeFirestore]:
+    with FakeFirestore(project=PROJECT) as queue:
+        yield queue
+
+
+@pytest.fixture
+def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
+    """The two fakes, and a clock that stands still until a test moves it."""
+    return World(cluster, queue.host, now=START, directory=tmp_path)
+
+
+@pytest.fixture
+def emulator() -> Emulator:
+    """The official Firestore emulator, empty. Without one the test is skipped, but in CI fails."""
+    found = emulator_or_reason()
+    if isinstance(found, str):
+        if os.environ.get("CI"):
+            pytest.fail(found)
+        pytest.skip(found)
+    found.clear(PROJECT)
+    return found
+
+
+@pytest.fixture
+def emulated(cluster: FakeKubernetes, emulator: Emulator, tmp_path: Path) -> World:
+    """The same world with the official emulator as its queue."""
+    return World(cluster, emulator.host, now=START, directory=tmp_path)
+
+
+@pytest.fixture
+def jobs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """The official client, on the emulator."""
+    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", emulator.host)
+    return Client(project=PROJECT)

@@ -1,0 +1,1 @@
+"""The two outside worlds of the tests and the demo, in process: Firestore and Kubernetes."""

@@ -1,0 +1,152 @@
+"""The official Firestore emulator, started for the tests and gone with them.
+
+    found = emulator_or_reason()
+    if isinstance(found, str):
+        pytest.skip(found)
+    found.clear("some-project")  # and talk to found.host
+
+Looked for, in this order: one that runs already (FIRESTORE_EMULATOR_HOST), a jar
+(FIRESTORE_EMULATOR_JAR), the component of an installed Google Cloud CLI.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+# Read at import: tests set this variable for the clients that they start.
+NAMED_HOST = os.environ.get("FIRESTORE_EMULATOR_HOST", "")
+
+START_SECONDS = 60
+STOP_SECONDS = 5
+MAIN_CLASS = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
+COMPONENT = "platform/cloud-firestore-emulator/cloud-firestore-emulator.jar"
+
+# The shell reads a pipe that nobody writes to. It ends with the process that holds the other
+# end, however that died, and then the whole group goes; so it does if the emulator itself ends.
+UNTIL_PARENT_ENDS = '{ "$@"; kill 0; } & read -r _; kill 0'
+
+
+@dataclass(frozen=True)
+class Emulator:
+    host: str
+
+    def answers(self) -> bool:
+        with suppress(OSError, http.client.HTTPException):
+            return self._request("GET", "/") == http.HTTPStatus.OK
+        return False
+
+    def clear(self, project: str, database: str = "(default)") -> None:
+        """Delete every document of the database."""
+        path = f"/emulator/v1/projects/{quote(project)}/databases/{quote(database)}/documents"
+        status = self._request("DELETE", path)
+        if status != http.HTTPStatus.OK:
+            raise RuntimeError(f"the emulator answered {status} to DELETE {path}")
+
+    def _request(self, method: str, path: str) -> int:
+        connection = http.client.HTTPConnection(self.host, timeout=30)
+        try:
+            connection.request(method, path)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+
+@functools.cache
+def emulator_or_reason() -> Emulator | str:
+    """The emulator, shared by the whole process and stopped at its end, or why there is none."""
+    if NAMED_HOST:
+        named = Emulator(NAMED_HOST)
+        reason = f"nothing answers at FIRESTORE_EMULATOR_HOST={NAMED_HOST}"
+        return named if named.answers() else reason
+    jar = find_jar()
+    if isinstance(jar, str):
+        return jar
+    java = find_java()
+    if java is None:
+        return "the Firestore emulator needs java, which is not on the PATH"
+    return start(java, jar)
+
+
+def find_jar() -> Path | str:
+    if named := os.environ.get("FIRESTORE_EMULATOR_JAR"):
+        jar = Path(named)
+        return jar if jar.is_file() else f"FIRESTORE_EMULATOR_JAR={named} is not a file"
+    gcloud = shutil.which("gcloud")
+    if gcloud is None:
+        return (
+            "no Firestore emulator: neither FIRESTORE_EMULATOR_HOST nor FIRESTORE_EMULATOR_JAR "
+            "is set, and gcloud is not on the PATH"
+        )
+    beside = Path(gcloud).resolve().parents[1] / COMPONENT
+    if beside.is_file():
+        return beside
+    told = Path(sdk_root(gcloud)) / COMPONENT
+    if told.is_file():
+        return told
+    return "no Firestore emulator: try `gcloud components install cloud-firestore-emulator`"
+
+
+def sdk_root(gcloud: str) -> str:
+    asked = [gcloud, "info", "--format=value(installation.sdk_root)"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.strip()
+    return ""
+
+
+def find_java() -> str | None:
+    home = os.environ.get("JAVA_HOME")
+    return (shutil.which("java", path=f"{home}/bin") if home else None) or shutil.which("java")
+
+
+def start(java: str, jar: Path) -> Emulator | str:
+    emulator = Emulator(f"127.0.0.1:{free_port()}")
+    host, _, port = emulator.host.partition(":")
+    # Its messages are in English only if it is told so.
+    command = [java, "-Duser.language=en", "-cp", str(jar), MAIN_CLASS]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            ["sh", "-c", UNTIL_PARENT_ENDS, "sh", *command, f"--host={host}", f"--port={port}"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        atexit.register(stop, process)
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            if emulator.answers():
+                return emulator
+            time.sleep(0.1)
+        stop(process)
+        log.seek(0)
+        return f"the Firestore emulator did not start: {log.read()[-1000:].strip()}"
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        if process.stdin:
+            process.stdin.close()
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,160 @@
+"""A TCP proxy on loopback that treats what passes through it as a bad network does.
+
+with ChaosProxy(server.host) as proxy:
+    ...  # talk to proxy.host
+    proxy.become("drip", seconds=0.2)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Literal
+
+Mode = Literal["pass", "refuse", "swallow", "reset", "drip", "delay"]
+
+CHUNK_BYTES = 65_536
+RST_AT_CLOSE = struct.pack("ii", 1, 0)
+
+
+class ChaosProxy:
+    """Counts connections and bytes; one mode holds for all connections.
+
+    pass     a good network
+    refuse   nobody listens; connections that stand go on
+    swallow  accepts and reads, and lets nothing through in either direction
+    reset    RST once `after_bytes` of a connection's answer have passed: with 0, the server has
+             acted and its answer is lost; without, at the connect
+    drip     one byte of the answer each `seconds`
+    delay    every piece of the answer `seconds` late
+    """
+
+    def __init__(self, target: str) -> None:
+        self.host = ""
+        self.connections = 0
+        self.bytes_asked = 0
+        self.bytes_answered = 0
+        self._target_host, _, self._target_port = target.rpartition(":")
+        self._mode: Mode = "pass"
+        self._seconds = 0.0
+        self._after_bytes: int | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy")
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    def __enter__(self) -> ChaosProxy:
+        self._thread.start()
+        self._do(self._listen(0))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._do(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def become(self, mode: Mode, *, seconds: float = 0, after_bytes: int | None = None) -> None:
+        """Treat everything like this from now on, connections that stand included."""
+        self._mode, self._seconds, self._after_bytes = mode, seconds, after_bytes
+        port = int(self.host.rpartition(":")[2])
+        self._do(self._close() if mode == "refuse" else self._listen(port))
+
+    def reset(self) -> None:
+        """RST all connections now; new ones are treated as the mode says."""
+        self._do(self._reset_all())
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _listen(self, port: int) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+            self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _close(self) -> None:
+        if self._server:
+            self._server.close()
+            self._server = None
+
+    async def _reset_all(self) -> None:
+        for writer in self._writers:
+            send_rst(writer)
+
+    async def _stop(self) -> None:
+        await self._close()
+        await self._reset_all()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.add(writer)
+        try:
+            if self._mode == "reset" and self._after_bytes is None:
+                raise ConnectionResetError
+            await self._connect(reader, writer)
+            writer.close()
+        except (OSError, asyncio.CancelledError):
+            send_rst(writer)
+        self._writers.discard(writer)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        port = int(self._target_port)
+        answers, there = await asyncio.open_connection(self._target_host, port)
+        self._writers.add(there)
+        try:
+            await asyncio.gather(self._ask(reader, there), self._answer(answers, writer))
+        finally:
+            there.close()
+            self._writers.discard(there)
+
+    async def _ask(self, reader: asyncio.StreamReader, there: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(CHUNK_BYTES):
+            self.bytes_asked += len(chunk)
+            if self._mode != "swallow":
+                there.write(chunk)
+                await there.drain()
+        there.write_eof()
+
+    async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passed = 0
+        while chunk := await there.read(CHUNK_BYTES):
+            if self._mode == "delay":
+                await asyncio.sleep(self._seconds)
+            while chunk and self._mode != "swallow":
+                piece = chunk[: self._may_pass(passed)]
+                writer.write(piece)
+                await writer.drain()
+                passed += len(piece)
+                self.bytes_answered += len(piece)
+                chunk = chunk[len(piece) :]
+                if self._mode == "reset" and passed >= (self._after_bytes or 0):
+                    raise ConnectionResetError
+                await asyncio.sleep(self._seconds if self._mode == "drip" else 0)
+        writer.write_eof()
+
+    def _may_pass(self, passed: int) -> int:
+        """How much of the answer may go through at once, of which so much has passed."""
+        if self._mode == "reset":
+            return max(0, (self._after_bytes or 0) - passed)
+        return 1 if self._mode == "drip" else CHUNK_BYTES
+
+
+def send_rst(writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_AT_CLOSE)
+    writer.transport.abort()
