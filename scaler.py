@@ -41,28 +41,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# fmt: off
 Reason = Literal[
-    "ScaledUp",
-    "ScaledDown",
-    "AtTarget",
-    "ScaleUpCooldown",
-    "ScaleDownCooldown",
-    "ScaleUpStabilized",
-    "ScaleDownStabilized",
-    "ScaleUpDisabled",
-    "ScaleDownDisabled",
-    "WorkersBusy",
-    "Paused",
-    "ScalingDisabled",
-    "TooFewReplicas",
-    "TooManyReplicas",
-    "Fallback",
-    "QueueUnavailable",
-    "ClusterUnavailable",
-    "InvalidSettings",
-    "DeploymentNotFound",
-    "Forbidden",
+    "ScaledUp", "ScaledDown", "AtTarget", "ScaleUpCooldown", "ScaleDownCooldown",
+    "ScaleUpStabilized", "ScaleDownStabilized", "ScaleUpDisabled", "ScaleDownDisabled",
+    "WorkersBusy", "Paused", "ScalingDisabled", "TooFewReplicas", "TooManyReplicas", "Fallback",
+    "QueueUnavailable", "ClusterUnavailable", "InvalidSettings", "DeploymentNotFound", "Forbidden",
 ]
+# fmt: on
 Direction = Literal["up", "down"]
 T = TypeVar("T")
 
@@ -173,28 +159,19 @@ def object_name(raw: str) -> str:
     return raw
 
 
-def count(raw: str) -> int:
-    if not re.fullmatch(r"\s*\d{1,10}\s*", raw) or int(raw) > 2**31 - 1:
-        raise ValueError("expected a whole number, 0 or more")
-    return int(raw)
+def whole(least: int, most: int, unit: str) -> Callable[[str], int]:
+    def parse(raw: str) -> int:
+        if not re.fullmatch(r"\s*[0-9]{1,10}\s*", raw) or not least <= int(raw) <= most:
+            raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
+        return int(raw)
+
+    return parse
 
 
-def positive(raw: str) -> int:
-    if not re.fullmatch(r"\s*\d{1,10}\s*", raw) or not 1 <= int(raw) < 2**31:
-        raise ValueError("expected a whole number, 1 or more")
-    return int(raw)
-
-
-def seconds(raw: str) -> int:
-    if not re.fullmatch(r"\s*\d{1,10}\s*", raw) or int(raw) > 31_536_000:
-        raise ValueError("expected whole seconds, from 0 to 31536000 (a year)")
-    return int(raw)
-
-
-def budget_seconds(raw: str) -> int:
-    if not re.fullmatch(r"\s*\d{1,10}\s*", raw) or not 1 <= int(raw) <= 3600:
-        raise ValueError("expected whole seconds, from 1 to 3600")
-    return int(raw)
+INT32_MAX = 2**31 - 1  # what Kubernetes takes for replicas, and Firestore for a limit
+replica_count = whole(0, INT32_MAX, "pods")
+positive = whole(1, INT32_MAX, "pods or jobs")
+seconds = whole(0, 31_536_000, "seconds")
 
 
 def flag(raw: str) -> bool:
@@ -204,7 +181,7 @@ def flag(raw: str) -> bool:
 
 
 def step(raw: str) -> Step:
-    match = re.fullmatch(r"\s*(\d{1,9})(%?)\s*", raw)
+    match = re.fullmatch(r"\s*([0-9]{1,9})(%?)\s*", raw)
     if not match:
         raise ValueError("expected a number of pods such as 2, or a percentage such as 50%")
     return Step(int(match[1]), match[2] == "%")
@@ -263,108 +240,86 @@ def one_filter(triple: object, form: str) -> Filter:
     return Filter(name, op, value)
 
 
-def setting(
-    default: str | None, parse: Callable[[str], Any], meaning: str, shown: str | None = None
-) -> Any:
+def setting(parse: Callable[[str], Any], default: str | None, meaning: str, shown: str = "") -> Any:
     """A field of Settings, read from the variable of the same name in upper case.
 
-    `default` is written as the variable would be, None where there is none; `shown` stands for
-    it in the table of `--help`.
+    `default` is written as the variable would be, None where there is none; `shown` says for
+    people what holds then.
     """
-    shown = default if shown is None else shown
-    return field(metadata={"default": default, "parse": parse, "meaning": meaning, "shown": shown})
+    return field(
+        metadata={
+            "default": default,
+            "parse": parse,
+            "meaning": meaning,
+            "shown": default if default is not None else shown,
+        }
+    )
+
+
+REQUIRED = "required"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the environment asks for. Its fields, in order, are the table of `--help`."""
 
-    deployment: str = setting(None, object_name, "name of the Deployment to scale", "required")
+    # fmt: off
+    deployment: str = setting(object_name, None, "name of the Deployment to scale", REQUIRED)
     namespace: str | None = setting(
-        None,
-        object_name,
-        "its namespace",
-        "the pod's own; outside a cluster, the kubeconfig context's",
-    )
+        object_name, None, "its namespace",
+        "the pod's own; outside a cluster, the kubeconfig context's")
     firestore_project: str | None = setting(
-        None, text, "Google Cloud project", "from the credentials"
-    )
-    firestore_database: str = setting("(default)", text, "database id")
+        text, None, "Google Cloud project", "from the credentials")
+    firestore_database: str = setting(text, "(default)", "database id")
     queue_collection: str = setting(
-        None,
-        collection,
-        "collection path, such as jobs or tenants/acme/jobs, one document a job",
-        "required",
-    )
+        collection, None,
+        "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
     queue_collection_group: bool = setting(
-        "false", flag, "true: count every collection of that id, wherever it lies"
-    )
+        flag, "false", "true: count every collection of that id, wherever it lies")
     waiting_filter: tuple[Filter, ...] = setting(
-        '[["status", "==", "waiting"]]',
-        filters,
+        filters, '[["status", "==", "waiting"]]',
         "JSON list of Firestore filters [field, op, value], all of which a waiting job meets; "
-        "[] counts every document",
-    )
+        "[] counts every document")
     busy_filter: tuple[Filter, ...] | None = setting(
-        None, filters, "the same for a job that a pod is working on", "unset: not busy-aware"
-    )
+        filters, None, "the same for a job that a pod is working on", "unset: not busy-aware")
     busy_pod_field: str = setting(
-        "assignedPodId", text, "field of a job's document that holds the name of its pod"
-    )
-    min_replicas: int = setting("1", count, "lower end of the range, in pods; 0 scales to zero")
-    max_replicas: int = setting("3", positive, "upper end of the range, in pods")
-    jobs_per_pod: int = setting("1", positive, "target jobs a pod, waiting and busy together")
+        text, "assignedPodId", "field of a job's document that holds the name of its pod")
+    min_replicas: int = setting(
+        replica_count, "1", "lower end of the range, in pods; 0 scales to zero")
+    max_replicas: int = setting(positive, "3", "upper end of the range, in pods")
+    jobs_per_pod: int = setting(positive, "1", "target jobs a pod, waiting and busy together")
     scale_up_cooldown_seconds: int = setting(
-        "120", seconds, "least time from a scale-up to the next scale-up"
-    )
+        seconds, "120", "least time from a scale-up to the next scale-up")
     scale_down_cooldown_seconds: int = setting(
-        "300", seconds, "least time from any scale to a scale-down"
-    )
+        seconds, "300", "least time from any scale to a scale-down")
     scale_up_stabilization_seconds: int = setting(
-        "0", seconds, "window as in the HPA's behavior.scaleUp"
-    )
+        seconds, "0", "window as in the HPA's behavior.scaleUp")
     scale_down_stabilization_seconds: int = setting(
-        "300", seconds, "window as in the HPA's behavior.scaleDown"
-    )
+        seconds, "300", "window as in the HPA's behavior.scaleDown")
     scale_up_step: Step | None = setting(
-        None,
-        step,
-        "most pods added in one scale, as 2 or 50%; 0 switches scale-up off",
-        "unset: no limit",
-    )
+        step, None, "most pods added in one scale, as 2 or 50%; 0 switches scale-up off",
+        "unset: no limit")
     scale_down_step: Step | None = setting(
-        None,
-        step,
-        "most pods removed in one scale, as 2 or 50%; 0 switches scale-down off",
-        "unset: no limit",
-    )
+        step, None, "most pods removed in one scale, as 2 or 50%; 0 switches scale-down off",
+        "unset: no limit")
     fallback_replicas: int | None = setting(
-        None,
-        count,
-        "floor held when the queue stays unreadable; it only ever adds pods",
-        "unset: hold",
-    )
-    fallback_after_seconds: int = setting("180", seconds, "how long unreadable before that")
+        replica_count, None, "floor held when the queue stays unreadable; it only ever adds pods",
+        "unset: hold")
+    fallback_after_seconds: int = setting(seconds, "180", "how long unreadable before that")
     timeout_seconds: int = setting(
-        "45", budget_seconds, "budget of the whole run, retries included"
-    )
+        whole(1, 3600, "seconds"), "45", "budget of the whole run, retries included")
     dry_run: bool = setting(
-        "false", flag, "decide and report, change nothing (--dry-run does the same)"
-    )
+        flag, "false", "decide and report, change nothing (--dry-run does the same)")
     log_level: str = setting(
-        "INFO", choice("DEBUG", "INFO", "WARNING", "ERROR"), "DEBUG, INFO, WARNING or ERROR"
-    )
+        choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: str = setting(
-        "text",
-        choice("text", "json"),
-        "json: one JSON object a line, with severity and message as Cloud Logging reads them",
-    )
+        choice("text", "json"), "text",
+        "json: one JSON object a line, with severity and message as Cloud Logging reads them")
     termination_log: str = setting(
-        "/dev/termination-log",
-        text,
+        text, "/dev/termination-log",
         "where the result record goes; the default is written only where it exists (in a pod), "
-        "a path that was set is created",
-    )
+        "a path that was set is created")
+    # fmt: on
 
     @property
     def longest_cooldown_seconds(self) -> int:
@@ -374,7 +329,7 @@ class Settings:
     def count_limit(self) -> int:
         """The most jobs worth counting: a billed read covers 1,000 index entries, and more than
         fill the range change nothing. Firestore takes a limit as an int32."""
-        return min(max(1000, self.max_replicas * self.jobs_per_pod), 2**31 - 1)
+        return min(max(1000, self.max_replicas * self.jobs_per_pod), INT32_MAX)
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -386,16 +341,17 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     problems: list[str] = []
     for item in fields(Settings):
         variable, default = item.name.upper(), item.metadata["default"]
+        required = item.metadata["shown"] == REQUIRED
         raw = environ.get(variable, default)
-        if raw is None or (raw == "" and default is None and item.metadata["shown"] != "required"):
+        if raw is None and required:
+            problems.append(f"{variable} is not set: expected the {item.metadata['meaning']}")
+        elif raw is None or (raw == "" and default is None and not required):
             values[item.name] = None
-            if item.metadata["shown"] == "required":
-                problems.append(f"{variable} is not set: expected the {item.metadata['meaning']}")
-            continue
-        try:
-            values[item.name] = item.metadata["parse"](raw)
-        except ValueError as error:
-            problems.append(f"{variable}={quoted(raw)}: {error}")
+        else:
+            try:
+                values[item.name] = item.metadata["parse"](raw)
+            except ValueError as error:
+                problems.append(f"{variable}={quoted(raw)}: {error}")
     problems += contradictions(values)
     if problems:
         raise Failure("InvalidSettings", "; ".join(problems), exit_code=2)
@@ -559,32 +515,29 @@ def recall(annotations: Mapping[str, str], settings: Settings, now: datetime) ->
             raise ValueError("further ahead than the longest cooldown, so it counts as absent")
         return when
 
-    def pause(value: str) -> bool:
-        if value.strip().lower() in ("false", "f", "0"):
-            return False
-        if value.strip().lower() not in ("true", "t", "1"):
-            warnings.append(f"a pause is set to {quoted(value)}, not to true or false: it holds")
-        return True
+    def pause(name: str) -> bool:
+        word = annotations.get(name, "false").strip().lower()
+        if word not in ("true", "t", "1", "false", "f", "0"):
+            warnings.append(f"{name}={quoted(annotations[name])} is not true or false: it holds")
+        return word not in ("false", "f", "0")
 
-    ordered = read(PAUSED_REPLICAS, count)
+    ordered = read(PAUSED_REPLICAS, replica_count)
     return Memory(
         last_scale_time=read(LAST_SCALE_TIME, past),
         last_direction=read_direction(annotations.get(LAST_SCALE, "")),
         history=read(RECOMMENDATIONS, read_history) or (),
         failing_since=read(FAILING_SINCE, past),
-        paused=bool(read(PAUSED, pause)) or (PAUSED_REPLICAS in annotations and ordered is None),
+        paused=pause(PAUSED) or (PAUSED_REPLICAS in annotations and ordered is None),
         paused_replicas=ordered,
-        paused_scale_in=bool(read(PAUSED_SCALE_IN, pause)),
-        paused_scale_out=bool(read(PAUSED_SCALE_OUT, pause)),
+        paused_scale_in=pause(PAUSED_SCALE_IN),
+        paused_scale_out=pause(PAUSED_SCALE_OUT),
         warnings=tuple(warnings),
     )
 
 
 def read_direction(last_scale: str) -> Direction | None:
-    words = last_scale.split()
-    return (
-        None if not words else "up" if words[0] == "up" else "down" if words[0] == "down" else None
-    )
+    directions: dict[str, Direction] = {"up": "up", "down": "down"}
+    return directions.get(last_scale.strip().partition(" ")[0])
 
 
 def decide(settings: Settings, seen: Observed) -> Decision:
@@ -630,11 +583,12 @@ def follow_queue(settings: Settings, seen: Observed) -> Decision:
     desired = recommend(settings, seen.queue)
     if switched_off(seen, desired):
         history: list[Entry] = []
-        target, (reason, why) = seen.replicas, disabled(seen.replicas, desired, str(seen.queue))
+        why = ask(settings, seen.queue, desired)
+        target, (reason, why) = seen.replicas, disabled(seen.replicas, desired, why)
     else:
         history = remember(settings, seen, desired)
         target, reason, why = follow(settings, seen, desired, history)
-    at_rest = all(entry.replicas == target for entry in history)
+    at_rest = desired == target and all(entry.replicas == target for entry in history)
     return Decision(
         target,
         reason,
@@ -650,9 +604,9 @@ def follow(
     """Rules 5 to 8: windows, then steps, then busy pods, then cooldowns. The first that leaves
     nothing to change gives the reason."""
     current = seen.replicas
-    why = f"{seen.queue}: {pods(desired)} wanted"
+    why = ask(settings, seen.queue, desired)
     if desired == current:
-        return current, "AtTarget", f"{seen.queue}: {pods(current)}, as it should be"
+        return current, "AtTarget", f"{why}; {scaled(current, current)}"
     stable = stabilize(settings, seen, desired, history)
     if stable == current:
         return current, *stabilized(settings, seen, desired, history, why)
@@ -676,6 +630,15 @@ def recommend(settings: Settings, queue: Queue) -> int:
     """Rule 4: enough pods for the jobs waiting and busy, within the range."""
     wanted = math.ceil((queue.waiting + (queue.busy or 0)) / settings.jobs_per_pod)
     return min(max(wanted, settings.min_replicas), settings.max_replicas)
+
+
+def ask(settings: Settings, queue: Queue | None, desired: int) -> str:
+    """What the queue asks for, as the beginning of a sentence."""
+    bound = {
+        settings.max_replicas: ", the most allowed",
+        settings.min_replicas: ", the fewest allowed",
+    }
+    return f"{queue}: {pods(desired)} wanted{bound.get(desired, '')}"
 
 
 HISTORY_ENTRIES = 200
@@ -815,7 +778,10 @@ def cooling(
     up = target > seen.replicas
     variable = "SCALE_UP_COOLDOWN_SECONDS" if up else "SCALE_DOWN_COOLDOWN_SECONDS"
     cooldown = cooldown_seconds(settings, seen, target)
-    message = f"{why}; stays at {pods(seen.replicas)} for {wait} s more ({variable}={cooldown})"
+    message = (
+        f"{why}; stays at {pods(seen.replicas)} for {wait} s more ({variable}={cooldown} "
+        f"since {write_time(seen.memory.last_scale_time or seen.now)})"
+    )
     return "ScaleUpCooldown" if up else "ScaleDownCooldown", message
 
 
@@ -908,19 +874,13 @@ def brief(error: object) -> str:
 
 # ------------------------------------------------------------------------------------- queue
 
-# Firestore's own division: what may pass (retried), and what waits for a person.
-TRANSIENT_CODES = {
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "RESOURCE_EXHAUSTED",
-    "ABORTED",
-    "INTERNAL",
-    "CANCELLED",
-}
+TRANSIENT_CODES = frozenset(
+    ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CANCELLED"]
+)
+# What to do where nothing gets better by itself.
 ADVICE = {
     "UNAUTHENTICATED": "check GOOGLE_APPLICATION_CREDENTIALS or Workload Identity",
-    "PERMISSION_DENIED": "grant the scaler's Google account the IAM role roles/datastore.viewer "
-    "in the project",
+    "PERMISSION_DENIED": "grant the scaler's Google account the IAM role roles/datastore.viewer",
     "NOT_FOUND": "check FIRESTORE_PROJECT and FIRESTORE_DATABASE",
     "INVALID_ARGUMENT": "check QUEUE_COLLECTION, WAITING_FILTER, BUSY_FILTER and BUSY_POD_FIELD",
     "FAILED_PRECONDITION": "if an index is missing, create it with the link above",
@@ -931,7 +891,7 @@ IN_VALUES = 30
 def queue_failure(doing: str, error: Exception) -> QueueFailure:
     """The failure that an error of the Firestore client stands for."""
     code = getattr(getattr(error, "grpc_status_code", None), "name", type(error).__name__)
-    message = f"Firestore did not answer while {doing}: {code}: {brief(error)}"
+    message = f"Firestore failed while {doing}: {code}: {brief(error)}"
     if code in ADVICE:
         denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
         reason: Reason = "Forbidden" if denied else "QueueUnavailable"
@@ -1061,7 +1021,7 @@ def open_queue(settings: Settings, budget: Budget, progress: Progress) -> JobQue
 # ----------------------------------------------------------------------------------- cluster
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-BUSY_COST = 2**31 - 1
+BUSY_COST = INT32_MAX
 PAGE = 500
 PATCHING = "patching the Deployment"
 
@@ -1086,7 +1046,7 @@ class Pod:
     name: str
     owner: str | None
     standing: tuple[bool, int, bool]
-    deletion_cost: str | None
+    deletion_cost: int
 
 
 def parse_deployment(answer: Mapping[str, Any]) -> Deployment:
@@ -1152,31 +1112,31 @@ def parse_pod(item: Mapping[str, Any]) -> Pod | None:
                 for c in status.get("conditions") or []
             ),
         ),
-        deletion_cost=(metadata.get("annotations") or {}).get(DELETION_COST),
+        deletion_cost=int((metadata.get("annotations") or {}).get(DELETION_COST, 0)),
     )
 
 
 def least_replicas(live: Sequence[Pod], busy: set[str]) -> int:
-    """The least number of replicas at which the controllers remove idle pods only.
+    """The least number of replicas at which the controllers remove idle pods only, once each busy
+    pod has the highest deletion cost.
 
     The ReplicaSet controller takes pods that are unassigned, pending or not ready before it
-    compares deletion costs, so an idle pod is a safe victim only if it stands no higher than the
-    lowest busy one. During a rollout the Deployment controller shares a scale-in between the
-    ReplicaSets in proportion to their sizes, so no mark can steer it: nothing is removed then.
+    compares deletion costs, so an idle pod is a safe victim only if it comes before the first
+    busy one in the whole order. During a rollout the Deployment controller shares a scale-in
+    between the ReplicaSets in proportion to their sizes, and no mark can steer it: nothing is
+    removed then.
     """
-    standings = [pod.standing for pod in live if pod.name in busy]
-    if not standings:
+    if not any(pod.name in busy for pod in live):
         return 0
     if len({pod.owner for pod in live}) > 1:
-        return 2**31 - 1
-    safe = sum(pod.name not in busy and pod.standing <= min(standings) for pod in live)
-    return len(live) - safe
+        return INT32_MAX
+    first_busy = min((pod.standing, BUSY_COST) for pod in live if pod.name in busy)
+    idle = [pod for pod in live if pod.name not in busy]
+    return len(live) - sum((pod.standing, pod.deletion_cost) < first_busy for pod in idle)
 
 
-def wanted_cost(pod: Pod, busy: set[str]) -> str | None:
-    """The deletion cost that a pod has to be given, None where it has it: an absent one is 0."""
-    cost = str(BUSY_COST) if pod.name in busy else "0"
-    return None if cost == (pod.deletion_cost or "0") else cost
+def wanted_cost(pod: Pod, busy: set[str]) -> int:
+    return BUSY_COST if pod.name in busy else 0
 
 
 class Cluster:
@@ -1215,9 +1175,9 @@ class Cluster:
 
         return self._retry(once)
 
-    def mark(self, pod: Pod, cost: str) -> bool:
+    def mark(self, pod: Pod, cost: int) -> bool:
         """Set a pod's deletion cost. False where the pod is gone."""
-        body = {"metadata": {"annotations": {DELETION_COST: cost}}}
+        body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
         try:
             self._retry(lambda: self._call("marking pods", "PATCH", "pods", pod.name, body))
         except ClusterFailure as failure:
@@ -1289,7 +1249,7 @@ class Cluster:
         LOG.debug("%s %s: %d in %.3f s", method, path, status, time.monotonic() - started)
         if not 200 <= status < 300:
             raise self._refusal(doing, method, resource, status, response, text)
-        return understood(lambda _: dict(json.loads(text)), {}, None)
+        return understood(json.loads, text, None)
 
     def _refusal(
         self, doing: str, method: str, resource: str, status: int, response: Any, text: bytes
@@ -1445,7 +1405,7 @@ class Sent:
 
     def outcome(self, deployment: Deployment, dry_run: bool = False) -> Outcome:
         seen, decision, queue = self.seen, self.decision, self.seen.queue
-        other = f"two masters: spec.replicas was last set by {deployment.rival}"
+        other = f"two masters: spec.replicas was last set by {deployment.rival}; keep only one"
         change = decision.replicas - seen.replicas
         return Outcome(
             reason=decision.reason,
@@ -1515,36 +1475,31 @@ def protect_busy(world: World, live: Sequence[Pod], seen: Observed) -> tuple[Obs
     """Mark the live pods so that a scale-down takes idle ones, and decide once more with what a
     second look, after the marking, says of them: a job claimed in between protects its pod."""
 
-    def look_again(live: Sequence[Pod]) -> tuple[set[str], Observed, Decision]:
+    def look(live: Sequence[Pod]) -> tuple[set[str], Observed, Decision]:
         busy = world.queue().busy_pods([pod.name for pod in live])
         now_seen = replace(seen, keep=least_replicas(live, busy))
         return busy, now_seen, decide(world.settings, now_seen)
 
-    busy, now_seen, decision = look_again(live)
+    busy, now_seen, decision = look([replace(pod, deletion_cost=0) for pod in live])
     if decision.replicas >= seen.replicas or world.settings.dry_run:
         return now_seen, decision
-    live = mark_pods(world.cluster, live, busy, live)
-    busy, now_seen, decision = look_again(live)
+    live = mark_pods(world.cluster, live, busy)
+    # A pod that finished since it was marked keeps its mark, and so its place, until the next run.
+    busy, now_seen, decision = look(live)
     if decision.replicas < seen.replicas:
-        mark_pods(world.cluster, live, busy, [pod for pod in live if pod.name in busy])
+        mark_pods(world.cluster, [pod for pod in live if pod.name in busy], busy)
     return now_seen, decision
 
 
-def mark_pods(
-    cluster: Cluster, live: Sequence[Pod], busy: set[str], which: Iterable[Pod]
-) -> list[Pod]:
-    """Give pods the deletion cost they should have. The live pods after that: without those that
-    were deleted meanwhile."""
-    after = {pod.name: pod for pod in live}
-    for pod in which:
-        cost = wanted_cost(pod, busy)
-        if cost is None:
-            continue
-        if cluster.mark(pod, cost):
-            after[pod.name] = replace(pod, deletion_cost=cost)
-        else:
-            del after[pod.name]
-    return list(after.values())
+def mark_pods(cluster: Cluster, pods: Iterable[Pod], busy: set[str]) -> list[Pod]:
+    """Give pods the deletion cost they should have, where they have another. The pods after
+    that, without those that somebody deleted meanwhile."""
+    costs = [(pod, wanted_cost(pod, busy)) for pod in pods]
+    return [
+        replace(pod, deletion_cost=cost)
+        for pod, cost in costs
+        if pod.deletion_cost == cost or cluster.mark(pod, cost)
+    ]
 
 
 def annotations_to_write(
@@ -1671,9 +1626,9 @@ class Reporter:
         for warning in outcome.warnings:
             LOG.warning("%s", warning)
         level = {0: logging.INFO, 1: logging.WARNING}.get(outcome.exit_code, logging.ERROR)
-        target = f"{record['namespace']}/{record['deployment']}"
-        line = "%s %s: %s"
-        LOG.log(level, line, target, outcome.reason, outcome.message, extra={"record": record})
+        target = "/".join(filter(None, (record["namespace"], record["deployment"])))
+        line = f"{target} {outcome.reason}: {outcome.message}".strip()
+        LOG.log(level, "%s", line, extra={"record": record})
         self.write_termination_log(record)
         return outcome.exit_code
 
