@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -71,11 +72,14 @@ class World:
             return [sys.executable, str(REPOSITORY / "scaler.py"), *arguments]
         return [sys.executable, "-m", "tests.clock", self.now.isoformat(), *arguments]
 
-    def start(self, *arguments: str, log: Path, **settings: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, log: Path, environ: Mapping[str, str] | None = None, **settings: str
+    ) -> subprocess.Popen[str]:
         """A run that the caller waits for, its result record going to `log`."""
+        environ = self.environment(**settings) if environ is None else environ
         return subprocess.Popen(
             self.command(*arguments),
-            env={**self.environment(**settings), "TERMINATION_LOG": str(log)},
+            env={**environ, "TERMINATION_LOG": str(log)},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -84,10 +88,14 @@ class World:
 
     def run(self, *arguments: str, **settings: str) -> Run:
         """One run, to its end; `settings` are more variables for this run only."""
+        return self.run_with(self.environment(**settings), *arguments)
+
+    def run_with(self, environ: Mapping[str, str], *arguments: str) -> Run:
+        """One run with exactly this environment."""
         log = self.directory / "termination-log"
         log.unlink(missing_ok=True)
         begun = datetime.now()
-        process = self.start(*arguments, log=log, **settings)
+        process = self.start(*arguments, log=log, environ=environ)
         stdout, stderr = process.communicate(timeout=120)
         seconds = (datetime.now() - begun).total_seconds()
         record = json.loads(log.read_text()) if log.exists() else {}

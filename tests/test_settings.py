@@ -1,0 +1,184 @@
+"""Every variable is parsed and checked, and every mistake is named at once."""
+
+from __future__ import annotations
+
+import pytest
+
+import scaler
+from tests.world import World
+
+NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"}
+
+
+def problems(**environ: str) -> str:
+    with pytest.raises(scaler.Failure) as caught:
+        scaler.read_settings({**NEEDED, **environ})
+    assert (caught.value.reason, caught.value.exit_code) == ("InvalidSettings", 2)
+    return str(caught.value)
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    assert scaler.read_settings(NEEDED) == scaler.Settings(
+        deployment="worker",
+        namespace=None,
+        firestore_project=None,
+        firestore_database="(default)",
+        queue_collection="jobs",
+        queue_collection_group=False,
+        waiting_filter=(scaler.Filter("status", "==", "waiting"),),
+        busy_filter=None,
+        busy_pod_field="assignedPodId",
+        min_replicas=1,
+        max_replicas=3,
+        jobs_per_pod=1,
+        scale_up_cooldown_seconds=120,
+        scale_down_cooldown_seconds=300,
+        scale_up_stabilization_seconds=0,
+        scale_down_stabilization_seconds=300,
+        scale_up_step=None,
+        scale_down_step=None,
+        fallback_replicas=None,
+        fallback_after_seconds=180,
+        timeout_seconds=45,
+        dry_run=False,
+        log_level="INFO",
+        log_format="text",
+        termination_log="/dev/termination-log",
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("DEPLOYMENT", "", "Kubernetes name"),
+        ("DEPLOYMENT", "Worker", "Kubernetes name"),
+        ("DEPLOYMENT", "a/../b", "Kubernetes name"),
+        ("NAMESPACE", "Prod", "Kubernetes name"),
+        ("FIRESTORE_DATABASE", " ", "name"),
+        ("QUEUE_COLLECTION", "", "no empty segment"),
+        ("QUEUE_COLLECTION", "tenants/acme", "2 segments name a document"),
+        ("QUEUE_COLLECTION", "tenants//jobs", "no empty segment"),
+        ("QUEUE_COLLECTION_GROUP", "yes", "true or false"),
+        ("WAITING_FILTER", "status=waiting", "this is not JSON"),
+        ("WAITING_FILTER", '{"status": "waiting"}', "a JSON list"),
+        ("WAITING_FILTER", '["status", "==", "waiting"]', "'status' is not such a triple"),
+        ("WAITING_FILTER", '[["status", "=="]]', "is not such a triple"),
+        ("WAITING_FILTER", '[["status", "is", "waiting"]]', "'is' is not one of the operators"),
+        ("WAITING_FILTER", '[["status", "in", "waiting"]]', "a list of 1 to 30 values"),
+        ("WAITING_FILTER", '[["status", "in", []]]', "a list of 1 to 30 values"),
+        ("WAITING_FILTER", '[["status", "<", null]]', "null goes with == and != only"),
+        ("WAITING_FILTER", '[[1, "==", "waiting"]]', "1 is not a field path"),
+        ("WAITING_FILTER", '[["a..b", "==", 1]]', "'a..b' is not a field path"),
+        ("BUSY_FILTER", '[["status", "not-in", ["a"]]]', "no not-in"),
+        ("BUSY_POD_FIELD", "", "name"),
+        ("MIN_REPLICAS", "one", "whole number of pods from 0"),
+        ("MIN_REPLICAS", "-1", "whole number of pods from 0"),
+        ("MIN_REPLICAS", "1.5", "whole number of pods from 0"),
+        ("MIN_REPLICAS", "4", "no more than MAX_REPLICAS, which is '3'"),
+        ("MAX_REPLICAS", "0", "from 1 to 2147483647"),
+        ("MAX_REPLICAS", "9" * 5000, "from 1 to 2147483647"),
+        ("JOBS_PER_POD", "0", "from 1 to"),
+        ("SCALE_UP_COOLDOWN_SECONDS", "-1", "seconds from 0 to 31536000"),
+        ("SCALE_DOWN_COOLDOWN_SECONDS", "5m", "seconds from 0 to 31536000"),
+        ("SCALE_UP_STABILIZATION_SECONDS", "", "seconds from 0 to 31536000"),
+        ("SCALE_DOWN_STABILIZATION_SECONDS", "1e3", "seconds from 0 to 31536000"),
+        ("SCALE_UP_STEP", "half", "a percentage such as 50%"),
+        ("SCALE_DOWN_STEP", "-2", "a percentage such as 50%"),
+        ("FALLBACK_REPLICAS", "many", "whole number of pods from 0"),
+        ("FALLBACK_REPLICAS", "4", "no more than MAX_REPLICAS, which is '3'"),
+        ("FALLBACK_AFTER_SECONDS", "-5", "seconds from 0"),
+        ("TIMEOUT_SECONDS", "0", "seconds from 1 to 3600"),
+        ("DRY_RUN", "1", "true or false"),
+        ("LOG_LEVEL", "LOUD", "one of DEBUG, INFO, WARNING, ERROR"),
+        ("LOG_FORMAT", "xml", "one of text, json"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
+    variable: str, value: str, expected: str
+) -> None:
+    message = problems(**{variable: value})
+    assert message.startswith(f"{variable}=") or message.startswith(f"{variable}:")
+    assert expected in message
+    assert len(message) < 500, "a long value is cut"
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    message = problems(MIN_REPLICAS="x", JOBS_PER_POD="0", DRY_RUN="?", DEPLOYMENT="")
+    for variable in ("MIN_REPLICAS='x'", "JOBS_PER_POD='0'", "DRY_RUN='?'", "DEPLOYMENT=''"):
+        assert variable in message
+
+
+def test_a_required_variable_that_is_missing_is_named() -> None:
+    with pytest.raises(scaler.Failure, match="DEPLOYMENT is not set.*QUEUE_COLLECTION is not set"):
+        scaler.read_settings({})
+
+
+def test_a_collection_group_has_a_bare_id() -> None:
+    message = problems(QUEUE_COLLECTION="tenants/acme/jobs", QUEUE_COLLECTION_GROUP="true")
+    assert "such as jobs" in message
+
+
+@pytest.mark.parametrize("spelling", ["array-contains", "array_contains"])
+def test_both_spellings_of_the_array_operators_are_accepted(spelling: str) -> None:
+    settings = scaler.read_settings({**NEEDED, "WAITING_FILTER": f'[["tags", "{spelling}", "a"]]'})
+    assert settings.waiting_filter == (scaler.Filter("tags", "array_contains", "a"),)
+
+
+@pytest.mark.parametrize("variable", ["BUSY_FILTER", "FALLBACK_REPLICAS", "SCALE_UP_STEP"])
+def test_an_empty_value_unsets_a_variable_that_has_no_default(variable: str) -> None:
+    settings = scaler.read_settings({**NEEDED, variable: ""})
+    assert getattr(settings, variable.lower()) is None
+
+
+def test_a_count_never_asks_for_more_than_the_range_can_use() -> None:
+    def limit(**environ: str) -> int:
+        return scaler.read_settings({**NEEDED, **environ}).count_limit
+
+    assert limit() == 1000
+    assert limit(MAX_REPLICAS="200", JOBS_PER_POD="10") == 2000
+    assert limit(MAX_REPLICAS="2147483647", JOBS_PER_POD="2147483647") == 2**31 - 1
+
+
+def test_wrong_settings_end_a_run_with_2_a_line_and_a_record(world: World) -> None:
+    run = world.run(MAX_REPLICAS="none", TIMEOUT_SECONDS="-1", LOG_FORMAT="xml")
+    assert run.exit_code == 2, run
+    assert run.record["reason"] == "InvalidSettings" and run.record["action"] == "none"
+    for part in ("MAX_REPLICAS='none'", "TIMEOUT_SECONDS='-1'", "LOG_FORMAT='xml'", "AutoScaler"):
+        assert part in run.stdout
+    assert world.cluster.requests == []
+
+
+def test_help_prints_every_setting_and_version_the_version(world: World) -> None:
+    world.now = None
+    text = world.run("--help").stdout
+    assert all(f.name.upper() in text for f in scaler.fields(scaler.Settings))
+    assert world.run("--version").stdout == f"queue-scaler {scaler.__version__}\n"
+
+
+def test_an_unknown_argument_is_refused(world: World) -> None:
+    run = world.run("--force")
+    assert run.exit_code == 2 and "'--force'" in run.stdout, run
+
+
+def test_no_cluster_configuration_says_what_was_looked_for(world: World) -> None:
+    run = world.run(KUBECONFIG=str(world.directory / "nowhere"))
+    assert run.exit_code == 2, run
+    for place in ("service account", "KUBECONFIG", "~/.kube/config"):
+        assert place in run.record["message"]
+
+
+def test_a_deployment_that_does_not_exist_is_named_with_its_namespace(world: World) -> None:
+    run = world.run(DEPLOYMENT="nobody", NAMESPACE="nowhere")
+    assert (run.exit_code, run.reason) == (2, "DeploymentNotFound"), run
+    assert "Deployment nobody in namespace nowhere" in run.record["message"]
+
+
+def test_without_google_credentials_a_run_says_what_was_looked_for(world: World) -> None:
+    environ = world.environment(
+        GOOGLE_APPLICATION_CREDENTIALS=str(world.directory / "no-key.json"),
+    )
+    del environ["FIRESTORE_EMULATOR_HOST"]
+    run = world.run_with(environ)
+    assert (run.exit_code, run.reason) == (2, "Forbidden"), run
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in run.record["message"]
+    assert run.record["replicas"] == 1
