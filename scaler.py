@@ -588,14 +588,8 @@ def follow_queue(settings: Settings, seen: Observed) -> Decision:
     else:
         history = remember(settings, seen, desired)
         target, reason, why = follow(settings, seen, desired, history)
-    at_rest = desired == target and all(entry.replicas == target for entry in history)
-    return Decision(
-        target,
-        reason,
-        why,
-        desired,
-        {RECOMMENDATIONS: None if at_rest else write_history(history), FAILING_SINCE: None},
-    )
+    kept = None if at_rest(settings, target, desired, history) else write_history(history)
+    return Decision(target, reason, why, desired, {RECOMMENDATIONS: kept, FAILING_SINCE: None})
 
 
 def follow(
@@ -678,6 +672,15 @@ def turning_points(entries: Sequence[Entry], now: int, window: int, sign: int) -
         ends = {math.ceil(entry.at / slice_seconds): entry.replicas for entry in kept}
         kept = [Entry(end * slice_seconds, replicas) for end, replicas in ends.items()]
     return kept
+
+
+def at_rest(settings: Settings, replicas: int, desired: int, history: Sequence[Entry]) -> bool:
+    """Whether the windows have nothing to remember: starting afresh from the current number could
+    only make them hold from one run later."""
+    numbers = [desired, *(entry.replicas for entry in history)]
+    no_scale_down = settings.scale_down_stabilization_seconds == 0 or min(numbers) >= replicas
+    no_scale_up = settings.scale_up_stabilization_seconds == 0 or max(numbers) <= replicas
+    return no_scale_down and no_scale_up
 
 
 def stabilize(settings: Settings, seen: Observed, desired: int, history: Sequence[Entry]) -> int:

@@ -18,6 +18,9 @@ CALM = replace(SETTINGS, scale_down_stabilization_seconds=0)  # no windows
 FREE = replace(CALM, scale_up_cooldown_seconds=0, scale_down_cooldown_seconds=0)
 
 
+NOTHING = Memory()
+
+
 def ago(seconds: float, direction: scaler.Direction | None = "up") -> Memory:
     return Memory(
         last_scale_time=START - timedelta(seconds=seconds),
@@ -29,7 +32,7 @@ def observed(
     replicas: int,
     waiting: int = 0,
     busy: int | None = None,
-    memory: Memory = Memory(),
+    memory: Memory = NOTHING,
     keep: int | None = None,
 ) -> Observed:
     return Observed(START, replicas, memory, Queue(waiting, busy=busy), keep)

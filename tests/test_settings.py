@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 import scaler
@@ -109,7 +111,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 
 def test_a_required_variable_that_is_missing_is_named() -> None:
-    with pytest.raises(scaler.Failure, match="DEPLOYMENT is not set.*QUEUE_COLLECTION is not set"):
+    with pytest.raises(scaler.Failure, match=r"DEPLOYMENT is not set.*QUEUE_COLLECTION is not set"):
         scaler.read_settings({})
 
 
@@ -151,7 +153,7 @@ def test_wrong_settings_end_a_run_with_2_a_line_and_a_record(world: World) -> No
 def test_help_prints_every_setting_and_version_the_version(world: World) -> None:
     world.now = None
     text = world.run("--help").stdout
-    assert all(f.name.upper() in text for f in scaler.fields(scaler.Settings))
+    assert all(f.name.upper() in text for f in fields(scaler.Settings))
     assert world.run("--version").stdout == f"queue-scaler {scaler.__version__}\n"
 
 

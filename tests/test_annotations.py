@@ -1,0 +1,201 @@
+"""What a person writes into the annotations, and what the scaler writes there."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scaler
+from scaler import ANNOTATION, LAST_SCALE, LAST_SCALE_TIME, read_time, recall, write_time
+from tests.fakes.firestore import FakeFirestore
+from tests.world import START, World
+
+SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
+
+SAME_INSTANT = [
+    "2026-01-01T00:00:00Z",
+    "2026-01-01t00:00:00z",
+    "2026-01-01 00:00:00Z",
+    "2026-01-01T00:00:00.000Z",
+    "2026-01-01T00:00:00.000000000+00:00",
+    "2026-01-01T09:00:00+09:00",
+    "2025-12-31T19:00:00-05:00",
+    "2026-01-01T00:00:00",
+    " 2026-01-01T00:00:00Z\n",
+    "1767225600",
+    "1767225600.0",
+]
+
+
+@pytest.mark.parametrize("typed", SAME_INSTANT)
+def test_a_time_is_read_as_people_type_it(typed: str) -> None:
+    assert read_time(typed) == START
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "now",
+        "yesterday",
+        "5m",
+        "-5",
+        "2026-13-01T00:00:00Z",
+        "9" * 400,
+        "0001-01-01T00:00+14:00",
+    ],
+)
+def test_what_is_no_time_is_refused(typed: str) -> None:
+    with pytest.raises(ValueError, match="not a time such as"):
+        read_time(typed)
+
+
+@given(st.text())
+def test_any_text_is_a_time_or_refused_plainly(typed: str) -> None:
+    try:
+        read_time(typed)
+    except ValueError as error:
+        assert "not a time" in str(error)
+
+
+@given(st.datetimes(datetime(1970, 1, 2), datetime(9000, 1, 1), timezones=st.just(UTC)))
+def test_a_written_time_is_read_back_to_the_second(when: datetime) -> None:
+    assert read_time(write_time(when)) == when.replace(microsecond=0)
+
+
+def test_a_time_further_ahead_than_the_longest_cooldown_is_warned_about_and_ignored() -> None:
+    ahead = START + timedelta(minutes=10)
+    memory = recall({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
+    assert memory.last_scale_time is None
+    assert LAST_SCALE_TIME in memory.warnings[0] and write_time(ahead) in memory.warnings[0]
+
+
+def test_a_time_ahead_within_the_longest_cooldown_extends_it() -> None:
+    ahead = START + timedelta(seconds=300)
+    memory = recall({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
+    assert memory.last_scale_time == ahead and memory.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "paused", "warned"),
+    [
+        ("true", True, False),
+        ("True", True, False),
+        ("false", False, False),
+        ("yes please", True, True),
+        ("", True, True),
+    ],
+)
+def test_a_pause_that_cannot_be_read_pauses(value: str, paused: bool, warned: bool) -> None:
+    for name in ("paused", "paused-scale-in", "paused-scale-out"):
+        memory = recall({ANNOTATION + name: value}, SETTINGS, START)
+        assert getattr(memory, name.replace("-", "_")) is paused
+        assert bool(memory.warnings) is warned
+        assert all(ANNOTATION + name in warning for warning in memory.warnings)
+
+
+def test_a_number_to_hold_that_cannot_be_read_holds_what_there_is() -> None:
+    memory = recall({scaler.PAUSED_REPLICAS: "lots"}, SETTINGS, START)
+    assert memory.paused and "'lots'" in memory.warnings[0]
+
+
+def test_a_huge_value_is_cut_in_its_warning() -> None:
+    memory = recall({LAST_SCALE_TIME: "x" * 200_000}, SETTINGS, START)
+    assert len(memory.warnings[0]) < 400
+
+
+@pytest.fixture
+def just_scaled(world: World, queue: FakeFirestore) -> World:
+    """A world whose Deployment went from 1 to 2 pods a minute ago and now wants 3."""
+    queue.fill(2)
+    assert world.run().reason == "ScaledUp"
+    queue.fill(3)
+    world.pass_time()
+    return world
+
+
+def test_a_scale_is_on_record(just_scaled: World) -> None:
+    assert just_scaled.annotations == {
+        "last-scale-time": "2026-01-01T00:00:00Z",
+        "last-scale": "up 1->2",
+    }
+
+
+def test_a_run_that_changes_nothing_writes_nothing(just_scaled: World) -> None:
+    before = just_scaled.resource_version
+    run = just_scaled.run()
+    assert run.reason == "ScaleUpCooldown" and "60 s more" in run.record["message"], run
+    assert just_scaled.resource_version == before
+
+
+def test_deleting_the_time_resets_the_cooldown(just_scaled: World) -> None:
+    assert just_scaled.run().reason == "ScaleUpCooldown"
+    just_scaled.cluster.annotate("worker", "default", **{LAST_SCALE_TIME: None})
+    assert just_scaled.run().reason == "ScaledUp"
+
+
+@pytest.mark.parametrize(
+    "typed", ["2025-12-31T23:59:00Z", "2026-01-01T08:59:00.0+09:00", "1767225540"]
+)
+def test_an_edited_time_moves_the_cooldown(typed: str, just_scaled: World) -> None:
+    just_scaled.cluster.annotate("worker", **{LAST_SCALE_TIME: typed})
+    run = just_scaled.run(SCALE_UP_COOLDOWN_SECONDS="121")
+    assert run.reason == "ScaleUpCooldown" and "1 s more" in run.record["message"], run
+    assert just_scaled.run().reason == "ScaledUp", "2 minutes and more have passed"
+
+
+def test_an_unreadable_time_counts_as_absent_with_a_warning(just_scaled: World) -> None:
+    just_scaled.cluster.annotate("worker", **{LAST_SCALE_TIME: "a minute ago"})
+    run = just_scaled.run()
+    assert run.reason == "ScaledUp", run
+    assert "WARNING AutoScaler" in run.stdout and "'a minute ago'" in run.stdout
+
+
+def test_an_unknown_direction_holds_both(just_scaled: World) -> None:
+    just_scaled.cluster.annotate("worker", **{LAST_SCALE: "sideways"})
+    assert just_scaled.run().reason == "ScaleUpCooldown"
+
+
+def test_other_peoples_annotations_are_left_alone(just_scaled: World) -> None:
+    just_scaled.cluster.annotate("worker", **{"team": "renders", "queue-scaler/note": "ours"})
+    just_scaled.pass_time(600)
+    assert just_scaled.run().reason == "ScaledUp"
+    annotations = just_scaled.cluster.annotations("worker")
+    assert annotations["team"] == "renders" and annotations["queue-scaler/note"] == "ours"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "replicas"),
+    [({"paused": "true"}, 1), ({"paused-replicas": "7"}, 7), ({"paused-scale-out": "true"}, 1)],
+)
+def test_a_pause_is_obeyed_and_its_end_too(
+    annotation: dict[str, str], replicas: int, world: World, queue: FakeFirestore
+) -> None:
+    queue.fill(3)
+    ours = {ANNOTATION + name: value for name, value in annotation.items()}
+    world.cluster.annotate("worker", **ours)
+    run = world.run()
+    assert run.exit_code == 0 and world.replicas == replicas, run
+    assert run.reason in ("Paused", "ScaleUpDisabled"), run
+    world.cluster.annotate("worker", "default", **dict.fromkeys(ours))
+    world.run()
+    assert world.replicas == 3, "back in the range, or up to the queue"
+
+
+def test_a_paused_run_reads_no_queue(world: World, queue: FakeFirestore) -> None:
+    world.cluster.annotate("worker", **{scaler.PAUSED: "true"})
+    assert world.run().reason == "Paused"
+    assert queue.calls == [] and len(world.cluster.requests) == 1
+
+
+def test_a_dry_run_decides_and_changes_nothing(world: World, queue: FakeFirestore) -> None:
+    queue.fill(3)
+    before = world.resource_version
+    for run in (world.run("--dry-run"), world.run(DRY_RUN="true")):
+        assert (run.exit_code, run.reason) == (0, "ScaledUp"), run
+        assert run.record["dryRun"] is True and run.record["action"] == "scale-up"
+        assert run.record["replicas"] == 1 and "dry run" in run.stdout
+    assert world.resource_version == before and world.cluster.events() == []

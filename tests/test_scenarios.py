@@ -1,0 +1,167 @@
+"""The guide's four scenarios with the default settings, on the official emulator, minute by
+minute; and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+
+from google.cloud.firestore import Client
+
+from tests.fakes.kubernetes import FakeKubernetes
+from tests.world import Run, World
+
+
+def wait(jobs: Client, number: int) -> None:
+    for job in range(number):
+        jobs.document(f"jobs/{job}").set({"status": "waiting"})
+
+
+def finish_all(jobs: Client) -> None:
+    for document in jobs.collection("jobs").stream():
+        document.reference.update({"status": "done"})
+
+
+def minutes(world: World, number: int) -> list[Run]:
+    """So many runs, a minute apart."""
+    runs = []
+    for _ in range(number):
+        runs.append(world.run())
+        assert runs[-1].exit_code == 0, runs[-1]
+        world.pass_time()
+    return runs
+
+
+def test_no_waiting_job_stays_at_one_pod(emulated: World, jobs: Client) -> None:
+    finish_all(jobs)
+    before = emulated.resource_version
+    assert [run.reason for run in minutes(emulated, 4)] == ["AtTarget"] * 4
+    assert emulated.replicas == 1 and emulated.resource_version == before
+
+
+def test_two_waiting_jobs_are_two_pods_at_the_next_run(emulated: World, jobs: Client) -> None:
+    minutes(emulated, 1)
+    wait(jobs, 2)
+    assert minutes(emulated, 1)[0].reason == "ScaledUp"
+    assert emulated.replicas == 2
+
+
+def test_five_waiting_jobs_are_three_pods_the_most(emulated: World, jobs: Client) -> None:
+    wait(jobs, 5)
+    assert minutes(emulated, 1)[0].reason == "ScaledUp"
+    assert emulated.replicas == 3
+    assert [run.reason for run in minutes(emulated, 3)] == ["AtTarget"] * 3
+
+
+def test_all_done_is_one_pod_about_five_minutes_later(emulated: World, jobs: Client) -> None:
+    wait(jobs, 5)
+    minutes(emulated, 10)
+    assert emulated.replicas == 3
+    finish_all(jobs)
+    numbers = []
+    for _ in range(7):
+        minutes(emulated, 1)
+        numbers.append(emulated.replicas)
+    assert numbers == [3, 3, 3, 3, 3, 1, 1]
+
+
+def test_five_documents_take_a_deployment_from_one_to_three(emulated: World, jobs: Client) -> None:
+    wait(jobs, 5)
+    first = emulated.run()
+    assert (first.reason, emulated.replicas) == ("ScaledUp", 3), first
+    assert emulated.annotations["last-scale-time"] == "2026-01-01T00:00:00Z"
+    before = emulated.resource_version
+    second = emulated.run()
+    assert (second.reason, emulated.resource_version) == ("AtTarget", before), second
+
+
+def test_the_result_record_has_what_the_contract_says(emulated: World, jobs: Client) -> None:
+    wait(jobs, 5)
+    run = emulated.run()
+    assert run.record.pop("durationSeconds") > 0
+    assert "scaled up from 1 to 3 pods" in run.record.pop("message")
+    assert run.record == {
+        "time": "2026-01-01T00:00:00Z",
+        "namespace": "default",
+        "deployment": "worker",
+        "waiting": 5,
+        "waitingCapped": False,
+        "busy": None,
+        "current": 1,
+        "desired": 3,
+        "replicas": 3,
+        "action": "scale-up",
+        "reason": "ScaledUp",
+        "dryRun": False,
+    }
+
+
+def test_a_run_is_one_line_for_people_or_one_object_for_cloud_logging(
+    emulated: World, jobs: Client
+) -> None:
+    wait(jobs, 1)
+    line = emulated.run().stdout
+    assert line.count("\n") == 1 and "AutoScaler default/worker AtTarget: 1 job waiting" in line
+    entry = json.loads(emulated.run(LOG_FORMAT="json").stdout)
+    assert entry["severity"] == "INFO" and "AutoScaler" in entry["message"]
+    assert entry["reason"] == "AtTarget" and entry["waiting"] == 1
+
+
+def test_debug_shows_every_call_with_its_duration(emulated: World, jobs: Client) -> None:
+    wait(jobs, 2)
+    lines = emulated.run(LOG_LEVEL="DEBUG").stdout.splitlines()
+    debug = [line for line in lines if " DEBUG " in line]
+    for words in ("GET /apis", "counting waiting jobs", "PATCH /apis", "POST /api/v1"):
+        assert any(words in line and line.rstrip()[-1:] for line in debug), lines
+    assert all(" s" in line for line in debug)
+
+
+def test_more_jobs_than_are_worth_counting_are_said_to_be_more(
+    emulated: World, jobs: Client
+) -> None:
+    for first in (0, 500, 1000):
+        batch = jobs.batch()
+        for job in range(first, min(first + 500, 1010)):
+            batch.set(jobs.document(f"jobs/{job}"), {"status": "waiting"})
+        batch.commit()
+    run = emulated.run()
+    assert run.record["waiting"] == 1000 and run.record["waitingCapped"], run
+    assert "1000 or more jobs waiting" in run.stdout
+
+
+def test_collection_groups_nested_paths_and_other_filters(emulated: World, jobs: Client) -> None:
+    for tenant in ("acme", "zeta"):
+        for job in range(2):
+            jobs.document(f"tenants/{tenant}/jobs/{job}").set({"state": "new", "prio": job})
+    one = emulated.run(
+        "--dry-run", QUEUE_COLLECTION="tenants/acme/jobs", WAITING_FILTER='[["state","==","new"]]'
+    )
+    assert one.record["waiting"] == 2, one
+    group = emulated.run("--dry-run", QUEUE_COLLECTION_GROUP="true", WAITING_FILTER="[]")
+    assert group.record["waiting"] == 4, group
+    high = emulated.run(
+        "--dry-run", QUEUE_COLLECTION_GROUP="true", WAITING_FILTER='[["prio",">",0]]'
+    )
+    assert high.record["waiting"] == 2, high
+
+
+def test_an_event_tells_of_the_scale(emulated: World, jobs: Client) -> None:
+    wait(jobs, 2)
+    emulated.run()
+    [event] = emulated.cluster.events()
+    assert (event["reason"], event["type"]) == ("SuccessfulRescale", "Normal")
+    assert event["message"].startswith("New size: 2; 2 jobs waiting")
+    assert (
+        event["involvedObject"]["uid"] == emulated.cluster.deployment("worker")["metadata"]["uid"]
+    )
+
+
+def test_inside_a_cluster_the_service_account_is_used() -> None:
+    """Its files have one place, which only a pod has: tests/e2e tries it there. Here, that
+    KUBERNETES_SERVICE_HOST alone is not taken for a kubeconfig's cluster."""
+    with FakeKubernetes() as cluster:
+        cluster.add_deployment("worker")
+        world = World(cluster, "127.0.0.1:1")
+        environ = world.environment(KUBERNETES_SERVICE_HOST="127.0.0.1")
+        del environ["KUBECONFIG"]
+        run = world.run_with(environ)
+        assert run.exit_code == 2 and "service account" in run.record["message"], run
