@@ -133,7 +133,7 @@ def test_a_run_that_changes_nothing_writes_nothing(just_scaled: World) -> None:
 
 def test_deleting_the_time_resets_the_cooldown(just_scaled: World) -> None:
     assert just_scaled.run().reason == "ScaleUpCooldown"
-    just_scaled.cluster.annotate("worker", "default", **{LAST_SCALE_TIME: None})
+    just_scaled.cluster.annotate("worker", **{LAST_SCALE_TIME: None})
     assert just_scaled.run().reason == "ScaledUp"
 
 
@@ -180,7 +180,7 @@ def test_a_pause_is_obeyed_and_its_end_too(
     run = world.run()
     assert run.exit_code == 0 and world.replicas == replicas, run
     assert run.reason in ("Paused", "ScaleUpDisabled"), run
-    world.cluster.annotate("worker", "default", **dict.fromkeys(ours))
+    world.cluster.annotate("worker", **dict.fromkeys(ours))
     world.run()
     assert world.replicas == 3, "back in the range, or up to the queue"
 
