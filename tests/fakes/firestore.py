@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event, RLock
-from types import TracebackType
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -90,7 +89,7 @@ class Call:
     documents: tuple[str, ...] = ()  # paths read or written one by one
     filters: tuple[tuple[str, str, object], ...] = ()  # an OR is ("", "or", (filter, ...))
     limit: int | None = None
-    up_to: int | None = None  # of the first count
+    up_to: int | None = None  # of the first count that has one
     select: tuple[str, ...] | None = None
     transaction: bool = False
     reads_billed: int = 0
@@ -165,13 +164,15 @@ class Rule:
     matched: int = 0
 
     def due(self, call: Call) -> bool:
-        if self.times == 0 or not self.on.matches(call):
+        """To be asked once about each call: it counts them."""
+        if not self.on.matches(call):
             return False
         self.matched += 1
-        if self.on.nth not in (None, self.matched):
-            return False
+        return self.times != 0 and self.on.nth in (None, self.matched)
+
+    def use(self) -> Any:
         self.times = self.times and self.times - 1
-        return True
+        return self.act
 
 
 class FakeFirestore:
@@ -205,12 +206,7 @@ class FakeFirestore:
         self.host = f"127.0.0.1:{port}"
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.stop(grace=None).wait()
         self._threads.shutdown()
 
@@ -338,12 +334,14 @@ class FakeFirestore:
 
     def _due_fault(self, call: Call) -> Behaviour | None:
         with self._lock:
-            return next((rule.act for rule in self._faults if rule.due(call)), None)
+            due = [rule for rule in self._faults if rule.due(call)]
+            return due[0].use() if due else None
 
     def _run_hooks(self, call: Call, *, after: bool) -> None:
         with self._lock:
-            due = [rule.act for rule in self._hooks if rule.after == after and rule.due(call)]
-        for run in due:
+            due = [rule for rule in self._hooks if rule.after == after and rule.due(call)]
+            runs = [rule.use() for rule in due]
+        for run in runs:
             run(call)
 
     def _record(self, answered: Call) -> None:
@@ -412,9 +410,9 @@ def describe(number: int, method: str, request: Pb) -> Call:
     match call.kind:
         case "count":
             asked = request.structured_aggregation_query
-            up_to = next((item.count.up_to for item in asked.aggregations), None)
+            caps = [item.count.up_to for item in asked.aggregations if item.count.HasField("up_to")]
             described = describe_query(call, request.parent, asked.structured_query)
-            return replace(described, up_to=up_to.value if up_to else None)
+            return replace(described, up_to=caps[0].value if caps else None)
         case "query":
             return describe_query(call, request.parent, request.structured_query)
         case "get":

@@ -37,6 +37,7 @@ NAME = re.compile(
     r"(?P<root>projects/(?P<project>[^/]+)/databases/(?P<database>[^/]+))"
     r"/documents(?:/(?P<path>.+))?"
 )
+NAME_FIELD = ("__name__",)
 RESERVED = re.compile(r"__.*__", re.DOTALL)
 NUMERIC_ID = re.compile(r"__id(-?\d+)__")
 
@@ -44,7 +45,7 @@ FIELD_OPERATORS = {
     1: "<", 2: "<=", 3: ">", 4: ">=", 5: "==", 6: "!=",
     7: "array-contains", 8: "in", 9: "array-contains-any", 10: "not-in",
 }  # fmt: skip
-OR = 2
+AND, OR = 1, 2
 DESCENDING = 2
 UNARY_OPERATORS = {2: "is-nan", 3: "is-null", 4: "is-not-nan", 5: "is-not-null"}
 RANGES = {"<", "<=", ">", ">="}
@@ -225,7 +226,7 @@ class Stored:
     updated_micros: int
 
     def at(self, path: Sequence[str]) -> Pb | None:
-        if path == ("__name__",):
+        if path == NAME_FIELD:
             return Value(reference_value=self.name)
         value = self.fields.get(path[0])
         for part in path[1:]:
@@ -235,7 +236,7 @@ class Stored:
     def message(self, mask: Iterable[Sequence[str]] | None = None) -> Pb:
         fields: Mapping[str, Pb] = self.fields if mask is None else {}
         for path in mask or ():
-            if path != ("__name__",) and (value := self.at(path)) is not None:
+            if path != NAME_FIELD and (value := self.at(path)) is not None:
                 fields = with_field(fields, path, value)
         return Document(
             name=self.name,
@@ -252,7 +253,7 @@ def field_path(text: str) -> tuple[str, ...]:
         path = ()
     if not all(path) or not path:
         raise invalid(f'Invalid property path "{text}".')
-    if path != ("__name__",) and any(map(RESERVED.fullmatch, path)):
+    if path != NAME_FIELD and any(map(RESERVED.fullmatch, path)):
         raise invalid(f"Invalid reserved name in field path {text}")
     return path
 
@@ -299,14 +300,14 @@ class Plan:
 
     def matches(self, stored: Stored) -> bool:
         # A document without a field that the query sorts by is not in its index.
-        return self.keep(stored) and all(stored.at(path) is not None for path, _ in self.order)
+        return self.keep(stored) and all(
+            path == NAME_FIELD or stored.at(path) is not None for path, _ in self.order
+        )
 
 
 def plan_query(parent: str, query: Pb) -> Plan:
     if query.HasField("start_at") or query.HasField("end_at") or query.HasField("find_nearest"):
         raise Refused(StatusCode.UNIMPLEMENTED, "cursors and vectors are not in this fake")
-    if len(query.where.composite_filter.filters) and not query.where.composite_filter.op:
-        raise invalid("Unknown CompositeFilter operator.")
     check_parent(parent)
     source = check_source(query)
     leaves = list(filter_leaves(query.where))
@@ -346,6 +347,8 @@ def selected(query: Pb) -> tuple[tuple[str, ...], ...] | None:
 
 def filter_leaves(where: Pb) -> Iterator[tuple[str, str]]:
     """Field and operator of every filter, however deep."""
+    if where.HasField("composite_filter") and where.composite_filter.op not in (AND, OR):
+        raise invalid("Unknown CompositeFilter operator.")
     for part in where.composite_filter.filters:
         yield from filter_leaves(part)
     for kind, operators in (("field_filter", FIELD_OPERATORS), ("unary_filter", UNARY_OPERATORS)):
@@ -408,11 +411,11 @@ def effective_order(
     named = [path for path, _ in order]
     if len(set(named)) < len(named):
         raise invalid("order by clause cannot contain duplicate fields")
-    if order[:1] == [(("__name__",), True)]:
+    if order[:1] == [(NAME_FIELD, True)]:
         raise Refused(StatusCode.FAILED_PRECONDITION, "no index is sorted by descending names")
     descending = bool(order) and order[-1][1]
     inequalities = {field_path(name) for name, op in leaves if op in RANGES | NEGATIONS}
-    implied = [*sorted(inequalities - {("__name__",)}), ("__name__",)]
+    implied = [*sorted(inequalities - {NAME_FIELD}), NAME_FIELD]
     return (*order, *((path, descending) for path in implied if path not in named))
 
 
@@ -440,7 +443,7 @@ def on_field(path: tuple[str, ...], test: Callable[[Pb], bool]) -> Predicate:
 
 def unary_predicate(unary: Pb) -> Predicate:
     path = field_path(unary.field.field_path)
-    if path == ("__name__",):
+    if path == NAME_FIELD:
         raise invalid("__key__ filter value must be a Key")
     tests: dict[str, Callable[[Pb], bool]] = {
         "is-nan": is_nan,
@@ -458,7 +461,7 @@ def field_predicate(leaf: Pb) -> Predicate:
     if operator in LIST_LIMITS:
         given = check_list(operator.upper().replace("-", "_"), leaf.value, LIST_LIMITS[operator])
     names = all(value.HasField("reference_value") for value in given)
-    if path == ("__name__",) and (operator.startswith("array-") or not names):
+    if path == NAME_FIELD and (operator.startswith("array-") or not names):
         raise invalid("__key__ filter value must be a Key")
     return on_field(path, value_test(operator, given))
 

@@ -13,7 +13,6 @@ import struct
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Literal
 
 Mode = Literal["pass", "refuse", "swallow", "reset", "drip", "delay"]
@@ -36,10 +35,8 @@ class ChaosProxy:
 
     def __init__(self, target: str) -> None:
         self.host = ""
-        self.connections = 0
-        self.bytes_asked = 0
-        self.bytes_answered = 0
-        self._target_host, _, self._target_port = target.rpartition(":")
+        self.connections = self.bytes_asked = self.bytes_answered = 0
+        self._target = tuple(target.rsplit(":", 1))
         self._mode: Mode = "pass"
         self._seconds = 0.0
         self._after_bytes: int | None = None
@@ -53,12 +50,7 @@ class ChaosProxy:
         self._do(self._listen(0))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._do(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -94,8 +86,7 @@ class ChaosProxy:
     async def _stop(self) -> None:
         await self._close()
         await self._reset_all()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
+        for task in (others := asyncio.all_tasks() - {asyncio.current_task()}):
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
@@ -112,8 +103,7 @@ class ChaosProxy:
         self._writers.discard(writer)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        port = int(self._target_port)
-        answers, there = await asyncio.open_connection(self._target_host, port)
+        answers, there = await asyncio.open_connection(*self._target)
         self._writers.add(there)
         try:
             await asyncio.gather(self._ask(reader, there), self._answer(answers, writer))
@@ -136,10 +126,10 @@ class ChaosProxy:
                 await asyncio.sleep(self._seconds)
             while chunk and self._mode != "swallow":
                 piece = chunk[: self._may_pass(passed)]
-                writer.write(piece)
-                await writer.drain()
                 passed += len(piece)
                 self.bytes_answered += len(piece)
+                writer.write(piece)
+                await writer.drain()
                 chunk = chunk[len(piece) :]
                 if self._mode == "reset" and passed >= (self._after_bytes or 0):
                     raise ConnectionResetError
@@ -155,6 +145,6 @@ class ChaosProxy:
 
 def send_rst(writer: asyncio.StreamWriter) -> None:
     with suppress(OSError):
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_AT_CLOSE)
+        end = writer.get_extra_info("socket")
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_AT_CLOSE)
     writer.transport.abort()

@@ -1,0 +1,464 @@
+"""The API of the Kubernetes fake: who may do what, and what each verb does."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import yaml
+
+from tests.fakes.kubernetes_controllers import (
+    Controllers,
+    _owner,
+    _uid,
+    is_active,
+)
+from tests.fakes.kubernetes_objects import (
+    ADMIN_GROUP,
+    BODY_TYPES,
+    KINDS,
+    KNOWN_PATHS,
+    SCALE,
+    ApiError,
+    Kind,
+    Object,
+    Problem,
+    Request,
+    Store,
+    Writer,
+    _details,
+    _not_decodable,
+    apply_patch,
+    conflict,
+    invalid,
+    not_found,
+    parse_field_selector,
+    parse_selector,
+    random_name,
+    selector_text,
+    set_defaults,
+    stamp,
+    validate,
+    wanted_replicas,
+)
+
+# --- Who may do what -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whom a request comes from; `refused` if that could not be settled."""
+
+    name: str
+    groups: tuple[str, ...] = ()
+    refused: ApiError | None = None
+
+
+@dataclass
+class Access:
+    """Bearer tokens and, once a manifest is loaded, RBAC. Without rules everybody may do all."""
+
+    tokens: dict[str, Identity] = field(default_factory=dict)
+    rules: list[tuple[Object, str, Object]] | None = None  # subject, namespace ("": all), rule
+
+    def load(self, manifest: str, namespace: str) -> None:
+        """Adds the Roles and RoleBindings of a multi-document YAML text."""
+        documents = [d for d in yaml.safe_load_all(manifest) if d]
+        roles = {
+            (d["kind"], d["metadata"].get("namespace", namespace), d["metadata"]["name"]): d
+            for d in documents
+            if d["kind"] in ("Role", "ClusterRole")
+        }
+        self.rules = self.rules or []
+        for binding in documents:
+            if binding["kind"] not in ("RoleBinding", "ClusterRoleBinding"):
+                continue
+            home = binding["metadata"].get("namespace", namespace)
+            ref = binding["roleRef"]
+            role = roles[(ref["kind"], home, ref["name"])]
+            scope = home if binding["kind"] == "RoleBinding" else ""
+            for subject in binding["subjects"]:
+                if subject["kind"] == "ServiceAccount" and not subject.get("namespace"):
+                    raise ValueError("subjects[].namespace: Required value")
+                self.rules += [(subject, scope, rule) for rule in role["rules"]]
+
+    def identify(self, headers: Mapping[str, str]) -> Identity:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        caller = self.tokens.get(token.strip()) if scheme.lower() == "bearer" else None
+        if caller is None:
+            return Identity("", refused=ApiError(401, "Unauthorized"))
+        other = headers.get("impersonate-user", "")
+        if other and ADMIN_GROUP not in caller.groups:
+            text = f'users "{other}" is forbidden: User "{caller.name}" cannot impersonate resource'
+            text += ' "users" in API group "" at the cluster scope'
+            error = ApiError(403, text, {"name": other, "kind": "users"})
+            return Identity(caller.name, refused=error)
+        return Identity(other, ("system:authenticated",)) if other else caller
+
+    def check(self, who: Identity, request: Request) -> None:
+        if who.refused:
+            raise who.refused
+        if self.rules is None or ADMIN_GROUP in who.groups:
+            return
+        allowed = (
+            _is_subject(subject, who) and _allows(rule, request)
+            for subject, scope, rule in self.rules
+            if scope in ("", request.namespace)
+        )
+        if not any(allowed):
+            raise forbidden(request)
+
+
+def _is_subject(subject: Object, who: Identity) -> bool:
+    if subject["kind"] == "ServiceAccount":
+        return who.name == f"system:serviceaccount:{subject['namespace']}:{subject['name']}"
+    return subject["name"] in ((who.name,) if subject["kind"] == "User" else who.groups)
+
+
+def _allows(rule: Object, request: Request) -> bool:
+    resource, sub = request.resource, request.subresource
+    resources = {"*", f"{resource}/{sub}", f"*/{sub}"} if sub else {"*", resource}
+    names = rule.get("resourceNames")
+    # The name of what is created is not in the path, so resourceNames never allow a create.
+    named = not names or (request.verb != "create" and request.name in names)
+    return bool(
+        named
+        and {"*", request.verb} & set(rule["verbs"])
+        and {"*", request.group} & set(rule.get("apiGroups", []))
+        and resources & set(rule.get("resources", []))
+    )
+
+
+def forbidden(request: Request) -> ApiError:
+    if not request.resource:
+        text = f'forbidden: User "{request.user}" cannot {request.verb} path "{request.path}"'
+        return ApiError(403, text, {})
+    resource = "/".join(filter(None, (request.resource, request.subresource)))
+    what = ".".join(filter(None, (request.resource, request.group)))
+    named = f' "{request.name}"' if request.name else ""
+    space = "at the cluster scope"
+    if request.namespace:
+        space = f'in the namespace "{request.namespace}"'
+    text = (
+        f'{what}{named} is forbidden: User "{request.user}" cannot {request.verb} resource'
+        f' "{resource}" in API group "{request.group}" {space}'
+    )
+    details = {"name": request.name, "group": request.group, "kind": request.resource}
+    return ApiError(403, text, details)
+
+
+# --- The API -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def json_answer(status: int, body: Object, headers: Mapping[str, str] | None = None) -> Answer:
+    raw = json.dumps(body, separators=(",", ":")).encode() + b"\n"
+    return Answer(status, raw, {"Content-Type": "application/json", **(headers or {})})
+
+
+class Api:
+    """What each verb does to the store, and its answer."""
+
+    def __init__(self, store: Store, access: Access, controllers: Controllers) -> None:
+        self.store = store
+        self.access = access
+        self.controllers = controllers
+        self.touched: Callable[[str, str], None] = lambda namespace, name: None
+        self._snapshots: dict[str, list[Object]] = {}  # what a paged list began with
+
+    def answer(self, request: Request, who: Identity, content_type: str) -> Answer:
+        try:
+            with self.store.lock:
+                self.access.check(who, request)
+                if not request.path.startswith(KNOWN_PATHS):
+                    plain = {"Content-Type": "text/plain; charset=utf-8"}
+                    return Answer(404, b"404 page not found\n", plain)
+                return json_answer(*self._dispatch(request, content_type))
+        except ApiError as error:
+            return json_answer(error.code, error.status)
+        except Exception as error:  # a bug of the fake: say so instead of dropping the connection
+            traceback.print_exc()
+            return json_answer(500, ApiError(500, f"Internal error occurred: {error!r}").status)
+
+    def forget_pages(self) -> None:
+        """Lets every continue token expire, as etcd's compaction does after some minutes."""
+        self._snapshots.clear()
+
+    def _dispatch(self, request: Request, content_type: str) -> tuple[int, Object]:
+        if request.path == "/version":
+            return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
+        kind = KINDS.get(request.resource)
+        known = kind is not None and kind.group == request.group
+        if kind is None or not known or request.subresource not in kind.verbs:
+            raise ApiError(404, "the server could not find the requested resource", {})
+        named_create = request.verb == "create" and request.name
+        if named_create or request.verb not in kind.verbs[request.subresource].split():
+            text = "the server does not allow this method on the requested resource"
+            raise ApiError(405, text, {})
+        _check_options(request)
+        if request.verb in ("create", "update") and content_type not in BODY_TYPES:
+            accepted = "application/json, application/yaml, application/vnd.kubernetes.protobuf"
+            text = "the body of the request was in an unknown format - accepted media types include"
+            raise ApiError(415, f"{text}: {accepted}")
+        if request.verb == "list":
+            return 200, self._list(kind, request)
+        if request.verb == "create":
+            return 201, self._create(kind, request)
+        obj = self.store.get(kind.resource, request.namespace, request.name)
+        if obj is None:
+            if (request.verb, request.subresource) == ("get", "scale"):
+                kind = replace(kind, resource="deployments/scale")
+            raise not_found(kind, request.name)
+        if request.verb == "delete":
+            return 200, self._delete(kind, obj, request)
+        if request.verb in ("update", "patch"):
+            obj = self._write(kind, obj, request, content_type)
+        return 200, scale_of(obj) if request.subresource == "scale" else obj
+
+    def _list(self, kind: Kind, request: Request) -> Object:
+        query = request.query
+        selected = parse_selector(query.get("labelSelector", ""))
+        fields = parse_field_selector(kind, query.get("fieldSelector", ""))
+        revision, start, found = self._page_start(kind, request)
+        chosen = [
+            obj
+            for obj in found
+            if _key(obj) >= start and fields(obj) and selected(obj["metadata"].get("labels") or {})
+        ]
+        limit = _limit(query.get("limit") or "0") or len(chosen)
+        page, rest = chosen[:limit], chosen[limit:]
+        meta: Object = {"resourceVersion": revision}
+        if rest:
+            self._snapshots[revision] = found
+            # The API server's own form: opaque to a client, the key to go on from within.
+            token = {"v": "meta.k8s.io/v1", "rv": int(revision), "start": _key(rest[0])}
+            meta["continue"] = base64.urlsafe_b64encode(json.dumps(token).encode()).decode()
+            if not query.get("labelSelector") and not query.get("fieldSelector"):
+                meta["remainingItemCount"] = len(rest)  # upstream: unknown under a selector
+        items = [{k: v for k, v in o.items() if k not in ("kind", "apiVersion")} for o in page]
+        list_kind = {"kind": f"{kind.kind}List", "apiVersion": kind.api_version}
+        return {**list_kind, "metadata": meta, "items": items}
+
+    def _page_start(self, kind: Kind, request: Request) -> tuple[str, str, list[Object]]:
+        token = request.query.get("continue")
+        if not token:
+            found = self.store.find(kind.resource, request.namespace)
+            return str(self.store.revision), "", found
+        try:
+            page = json.loads(base64.urlsafe_b64decode(token))
+            revision, start = str(page["rv"]), str(page["start"])
+        except (ValueError, KeyError, TypeError) as error:
+            text = f"invalid continue token: continue key is not valid: {error}"
+            raise ApiError(400, text) from error
+        if revision not in self._snapshots:
+            text = "The provided continue parameter is too old to display a consistent list result."
+            text += " You can start a new list without the continue parameter."
+            raise ApiError(410, text)
+        return revision, start, self._snapshots[revision]
+
+    def _create(self, kind: Kind, request: Request) -> Object:
+        obj = _body_object(kind, request)
+        meta = obj["metadata"]
+        if meta.get("generateName") and not meta.get("name"):
+            meta["name"] = meta["generateName"][:58] + random_name(self.store.rng, 5)
+        set_defaults(kind, obj)
+        obj.pop("status", None)
+        self._validate(kind, obj, None)
+        if self.store.get(kind.resource, request.namespace, meta["name"]):
+            text = f'{kind.qualified} "{meta["name"]}" already exists'
+            raise ApiError(409, text, _details(kind, meta["name"]), "AlreadyExists")
+        obj = self.store.create(kind, obj, writer_of(request), _persists(request))
+        self._touch(kind, obj, request)
+        return obj
+
+    def _write(self, kind: Kind, old: Object, request: Request, content_type: str) -> Object:
+        """PUT or PATCH of an object or one of its subresources."""
+        scaling = request.subresource == "scale"
+        shown_kind, shown = (SCALE, scale_of(old)) if scaling else (kind, old)
+        if request.verb == "patch":
+            new = apply_patch(shown, request.body, content_type)
+        else:
+            new = _body_object(shown_kind, request)
+        new = copy.deepcopy(new)
+        _check_name(new, request)
+        _check_preconditions(kind, shown, new, request.verb)
+        problem = _not_decodable(shown_kind, new)
+        if problem and request.verb == "patch":
+            text = f"Invalid value: {json.dumps(json.dumps(new))}: {problem}"
+            raise invalid(Kind("", "", "", {}), "", [Problem("patch", text)])
+        if problem:
+            raise ApiError(400, _cannot_handle(shown_kind, problem))
+        if scaling:
+            self._validate(shown_kind, new, None)
+            replicas = new.get("spec", {}).get("replicas", 0)
+            new = {**old, "spec": {**old["spec"], "replicas": replicas}}
+        else:
+            new = _only_what_may_change(kind, old, new, request.subresource)
+            set_defaults(kind, new)
+            self._validate(kind, new, old)
+        new = self.store.update(kind, old, new, writer_of(request), _persists(request))
+        if new is not old:
+            self._touch(kind, new, request)
+        return new
+
+    def _delete(self, kind: Kind, obj: Object, request: Request) -> Object:
+        options = request.body if isinstance(request.body, dict) else {}
+        for field_name, wanted in (options.get("preconditions") or {}).items():
+            found = obj["metadata"].get(field_name)
+            if wanted != found:
+                shown = replace(kind, resource=kind.kind)
+                text = f"the {field_name} in the precondition ({wanted}) does not match the"
+                raise conflict(shown, request.name, f"{text} {field_name} in record ({found}).")
+        if _persists(request):
+            if kind.resource != "pods":
+                self.store.remove(kind, obj)
+            elif is_active(obj) or not self.controllers.keep_terminating:
+                self.controllers.delete_pod(obj)
+            self._touch(kind, obj, request)
+        if kind.resource != "pods":
+            return _deleted(kind, obj)
+        going = {"deletionTimestamp": stamp(self.store.clock()), "deletionGracePeriodSeconds": 0}
+        return {**obj, "metadata": going | obj["metadata"]}
+
+    def _validate(self, kind: Kind, obj: Object, old: Object | None) -> None:
+        problems = validate(kind, obj, old)
+        if problems:
+            raise invalid(kind, obj["metadata"].get("name", ""), problems)
+
+    def _touch(self, kind: Kind, obj: Object, request: Request) -> None:
+        """Wakes the controllers for the Deployment that a write is about."""
+        if not _persists(request):
+            return
+        meta = obj["metadata"]
+        if kind.resource == "deployments":
+            self.touched(meta["namespace"], meta["name"])
+        elif kind.resource == "pods":
+            self.touch_owner(obj)
+
+    def touch_owner(self, pod: Object) -> None:
+        for owned in self.store.find("replicasets", pod["metadata"]["namespace"]):
+            if _uid(owned) == _owner(pod):
+                owner = owned["metadata"]["ownerReferences"][0]["name"]
+                self.touched(pod["metadata"]["namespace"], owner)
+
+
+def _limit(text: str) -> int:
+    if not re.fullmatch(r"-?\d+", text):
+        raise ApiError(400, f'strconv.ParseInt: parsing "{text}": invalid syntax')
+    return max(0, int(text))
+
+
+def _key(obj: Object) -> str:
+    return f"{obj['metadata']['namespace']}/{obj['metadata']['name']}"
+
+
+def _persists(request: Request) -> bool:
+    return request.query.get("dryRun") != "All"
+
+
+def writer_of(request: Request) -> Writer:
+    """Field manager: as named, else the User-Agent up to its first slash."""
+    manager = request.query.get("fieldManager") or request.user_agent.split("/")[0] or "unknown"
+    return Writer(manager, request.subresource)
+
+
+def _cannot_handle(kind: Kind, problem: str) -> str:
+    return f'{kind.kind} in version "v1" cannot be handled as a {kind.kind}: {problem}'
+
+
+def _body_object(kind: Kind, request: Request) -> Object:
+    """The object in the body of a create or update, checked against the path."""
+    if not isinstance(request.body, dict):
+        raise ApiError(400, "the request body is not an object")
+    obj = copy.deepcopy(request.body)
+    if obj.get("kind", kind.kind) != kind.kind:
+        raise ApiError(400, f'no kind "{obj["kind"]}" is registered at this path')
+    meta = obj.setdefault("metadata", {})
+    if meta.setdefault("namespace", request.namespace) != request.namespace:
+        raise ApiError(400, (
+            "the namespace of the provided object does not match the namespace sent on the request"
+        ))  # fmt: skip
+    problem = _not_decodable(kind, obj)
+    if problem:
+        raise ApiError(400, _cannot_handle(kind, problem))
+    return {"kind": kind.kind, "apiVersion": kind.api_version, **obj}
+
+
+def _check_options(request: Request) -> None:
+    kind = Kind("", f"{request.verb.capitalize()}Options", "meta.k8s.io", {})
+    dry_run = request.query.get("dryRun")
+    if dry_run not in (None, "", "All"):
+        text = f'Unsupported value: []string{{"{dry_run}"}}: supported values: "All"'
+        raise invalid(kind, "", [Problem("dryRun", text, "FieldValueNotSupported")])
+    if len(request.query.get("fieldManager", "")) > 128:
+        text = "Too long: may not be more than 128 bytes"
+        raise invalid(kind, "", [Problem("fieldManager", text, "FieldValueTooLong")])
+
+
+def _check_name(obj: Object, request: Request) -> None:
+    name = (obj.get("metadata") or {}).get("name", "")
+    if name != request.name:
+        text = f"the name of the object ({name}) does not match the name on the URL"
+        raise ApiError(400, f"{text} ({request.name})")
+
+
+def _check_preconditions(kind: Kind, old: Object, new: Object, verb: str) -> None:
+    """resourceVersion and uid, where a write names them, have to be the current ones."""
+    name, wanted = old["metadata"]["name"], new.get("metadata", {})
+    uid = wanted.get("uid")
+    if uid and uid != _uid(old):
+        if verb == "patch":
+            text = f'Invalid value: "{uid}": field is immutable'
+            raise invalid(kind, name, [Problem("metadata.uid", text)])
+        text = f"Precondition failed: UID in precondition: {uid}, UID in object meta: {_uid(old)}"
+        raise conflict(kind, name, text)
+    if wanted.get("resourceVersion", "0") not in ("", "0", old["metadata"]["resourceVersion"]):
+        raise conflict(kind, name)
+
+
+def _only_what_may_change(kind: Kind, old: Object, new: Object, subresource: str) -> Object:
+    """Status is written through /status alone, and /status writes no spec."""
+    kept = ("status",) if not subresource else ("spec",)
+    new = {k: v for k, v in new.items() if k not in kept} | {k: old[k] for k in kept if k in old}
+    meta = {k: v for k, v in new["metadata"].items() if not k.startswith("deletion")}
+    kept_meta = ["deletionTimestamp", "deletionGracePeriodSeconds"]
+    if subresource and kind.resource == "deployments":
+        kept_meta.append("labels")
+    new["metadata"] = meta | {k: old["metadata"][k] for k in kept_meta if k in old["metadata"]}
+    return {**new, "kind": kind.kind, "apiVersion": kind.api_version}
+
+
+def _deleted(kind: Kind, obj: Object) -> Object:
+    details = {**_details(kind, obj["metadata"]["name"]), "uid": _uid(obj)}
+    details = {k: v for k, v in details.items() if v}
+    return {
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
+        "details": details,
+    }  # fmt: skip
+
+
+def scale_of(deployment: Object) -> Object:
+    """The Scale that stands for a Deployment; as upstream's, it omits `replicas: 0`."""
+    meta, replicas = deployment["metadata"], wanted_replicas(deployment)
+    shown = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
+    return {
+        "kind": "Scale",
+        "apiVersion": "autoscaling/v1",
+        "metadata": {k: meta[k] for k in shown if k in meta},
+        "spec": {"replicas": replicas} if replicas else {},
+        "status": {
+            "replicas": deployment.get("status", {}).get("replicas", 0),
+            "selector": selector_text(deployment["spec"]["selector"]),
+        },
+    }

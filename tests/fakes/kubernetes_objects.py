@@ -1,0 +1,681 @@
+"""The objects of the Kubernetes fake: kinds, errors, selectors, patches, ownership, the store."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+import threading
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+Object = dict[str, Any]
+Key = tuple[str, str, str]  # resource, namespace, name
+FieldPath = tuple[str, ...]
+
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+REVISION = "deployment.kubernetes.io/revision"
+DESIRED_REPLICAS = "deployment.kubernetes.io/desired-replicas"
+MAX_REPLICAS = "deployment.kubernetes.io/max-replicas"
+TEMPLATE_HASH = "pod-template-hash"
+CONTROLLER = "kube-controller-manager"
+ADMIN_GROUP = "system:masters"
+ANNOTATIONS_LIMIT_BYTES = 256 * 1024
+SAFE_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # what upstream makes names of: no vowels, no words
+
+
+# --- Kinds and errors ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One resource type that this API server serves."""
+
+    resource: str
+    kind: str
+    group: str
+    verbs: Mapping[str, str]  # subresource ("" for the object itself) to its verbs
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/v1" if self.group else "v1"
+
+    @property
+    def qualified(self) -> str:
+        return f"{self.resource}.{self.group}" if self.group else self.resource
+
+    @property
+    def qualified_kind(self) -> str:
+        return f"{self.kind}.{self.group}" if self.group else self.kind
+
+
+_WRITABLE = "get update patch"
+KINDS = {
+    kind.resource: kind
+    for kind in (
+        Kind(
+            "deployments",
+            "Deployment",
+            "apps",
+            {
+                "": "get list create update patch delete",
+                "scale": _WRITABLE,
+                "status": _WRITABLE,
+            },
+        ),
+        Kind("replicasets", "ReplicaSet", "apps", {"": "get list"}),
+        Kind("pods", "Pod", "", {"": "get list update patch delete", "status": _WRITABLE}),
+        Kind("events", "Event", "", {"": "get list create update patch delete"}),
+    )
+}
+BODY_TYPES = ("", "application/json")
+KNOWN_PATHS = ("/version", "/api/v1/", "/apis/apps/v1/")
+SCALE = Kind("deployments", "Scale", "autoscaling", {})
+
+REASONS = {
+    400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound",
+    405: "MethodNotAllowed", 408: "Timeout", 409: "Conflict", 410: "Expired",
+    415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
+    503: "ServiceUnavailable", 504: "Timeout",
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An error as the API server answers it: a `Status` object."""
+
+    def __init__(
+        self, code: int, message: str, details: Object | None = None, reason: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status: Object = {
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": message, "reason": reason or REASONS.get(code, "Unknown"),
+        }  # fmt: skip
+        if details is not None:
+            self.status["details"] = {k: v for k, v in details.items() if v}
+        self.status["code"] = code
+
+
+def _details(kind: Kind, name: str) -> Object:
+    return {"name": name, "group": kind.group, "kind": kind.resource}
+
+
+def not_found(kind: Kind, name: str) -> ApiError:
+    return ApiError(404, f'{kind.qualified} "{name}" not found', _details(kind, name))
+
+
+def conflict(kind: Kind, name: str, why: str = "") -> ApiError:
+    why = why or (
+        "the object has been modified;"
+        " please apply your changes to the latest version and try again"
+    )
+    message = f'Operation cannot be fulfilled on {kind.qualified} "{name}": {why}'
+    return ApiError(409, message, _details(kind, name))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One wrong field of an object, in upstream's words."""
+
+    where: str
+    text: str
+    reason: str = "FieldValueInvalid"
+
+
+def invalid(kind: Kind, name: str, problems: Sequence[Problem]) -> ApiError:
+    texts = [f"{p.where}: {p.text}" for p in problems]
+    listed = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+    causes = [{"reason": p.reason, "message": p.text, "field": p.where} for p in problems]
+    details = {"name": name, "group": kind.group, "kind": kind.kind, "causes": causes}
+    return ApiError(422, f'{kind.qualified_kind} "{name}" is invalid: {listed}', details)
+
+
+# --- Requests ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request as it came in, and the status that it was answered with (0: none)."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    body: Any
+    user: str
+    user_agent: str
+    status: int
+    verb: str
+    group: str
+    resource: str
+    subresource: str
+    name: str
+    namespace: str
+
+
+_ROUTE = re.compile(
+    r"/(?:api/v1|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
+    r"(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"/(?P<resource>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<subresource>[^/]+))?)?/?"
+)
+_VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch"}
+
+
+def _verb(method: str, name: str, query: Mapping[str, str]) -> str:
+    if method == "GET":
+        watching = query.get("watch") in ("1", "true")
+        return "watch" if watching else "get" if name else "list"
+    if method == "DELETE":
+        return "delete" if name else "deletecollection"
+    return _VERBS.get(method, method.lower())
+
+
+def read_request(method: str, target: str, body: Any, user: str, agent: str) -> Request:
+    """Reads a request line as the API server does: verb, resource, name, namespace."""
+    url = urllib.parse.urlsplit(target)
+    query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+    match = _ROUTE.fullmatch(url.path)
+    found = match.groupdict() if match else {}
+    parts = {key: urllib.parse.unquote(value or "") for key, value in found.items()}
+    name = parts.get("name", "")
+    verb = _verb(method, name, query) if match else method.lower()
+    selected = re.fullmatch(r"metadata\.name==?(.+)", query.get("fieldSelector", ""))
+    if verb in ("list", "watch", "deletecollection") and selected:
+        name = selected[1]  # so that a rule with resourceNames can allow such a list
+    return Request(
+        method, url.path, query, body, user, agent, 0, verb, parts.get("group", ""),
+        parts.get("resource", ""), parts.get("subresource", ""), name, parts.get("namespace", ""),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which requests a fault, a hook or a question about the past is about. None: any."""
+
+    verb: str | None = None
+    resource: str | None = None
+    subresource: str | None = None
+    name: str | None = None
+    namespace: str | None = None
+    where: Callable[[Request], bool] | None = None
+
+    def __call__(self, request: Request) -> bool:
+        wanted = (self.verb, self.resource, self.subresource, self.name, self.namespace)
+        found = (
+            request.verb, request.resource, request.subresource, request.name, request.namespace
+        )  # fmt: skip
+        return all(w is None or w == f for w, f in zip(wanted, found, strict=True)) and (
+            self.where is None or self.where(request)
+        )
+
+
+# --- Selectors -----------------------------------------------------------------------------------
+
+
+_REQUIREMENT = re.compile(
+    r"\s*(?:(?P<not>!)\s*)?(?P<key>[\w./-]+)"
+    r"(?:\s*(?P<op>==|=|!=)\s*(?P<value>[\w.-]*)"
+    r"|\s+(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?\s*(?:,|$)"
+)
+Labels = Mapping[str, str]
+
+
+def parse_selector(text: str) -> Callable[[Labels], bool]:
+    """A test for a label selector as it stands in a query; ApiError(400) if unreadable."""
+    tests: list[Callable[[Labels], bool]] = []
+    at = 0
+    while at < len(text.rstrip()):
+        found = _REQUIREMENT.match(text, at)
+        if not found:
+            raise ApiError(400, f"unable to parse requirement: found '{text[at:]}'")
+        tests.append(_requirement(**found.groupdict()))
+        at = found.end()
+    return lambda labels: all(test(labels) for test in tests)
+
+
+def _requirement(
+    key: str, op: str | None, value: str | None, values: str | None, **rest: str | None
+) -> Callable[[Labels], bool]:
+    if op or rest["set"]:
+        wanted = {v.strip() for v in values.split(",")} if values is not None else {value or ""}
+        positive = op in ("=", "==") or rest["set"] == "in"
+        # An object without the key meets `!=` and `notin`.
+        return lambda labels: (key in labels and labels[key] in wanted) is positive
+    return lambda labels: (key in labels) is not bool(rest["not"])
+
+
+def selector_text(selector: Object) -> str:
+    """A LabelSelector object as the text that a query carries."""
+    words = {"In": "in", "NotIn": "notin"}
+    parts = [f"{k}={v}" for k, v in sorted(selector.get("matchLabels", {}).items())]
+    for need in selector.get("matchExpressions", []):
+        key, op = need["key"], need["operator"]
+        if op in words:
+            parts.append(f"{key} {words[op]} ({','.join(sorted(need['values']))})")
+        else:
+            parts.append(key if op == "Exists" else f"!{key}")
+    return ",".join(parts)
+
+
+_POD_FIELDS = {"spec.nodeName", "spec.restartPolicy", "status.phase", "status.podIP"}
+_EVENT_FIELDS = {
+    "type", "reason", "reportingComponent", "involvedObject.kind", "involvedObject.namespace",
+    "involvedObject.name", "involvedObject.uid", "involvedObject.resourceVersion",
+    "involvedObject.apiVersion", "involvedObject.fieldPath",
+}  # fmt: skip
+
+
+def parse_field_selector(kind: Kind, text: str) -> Callable[[Object], bool]:
+    allowed = {"metadata.name", "metadata.namespace"}
+    allowed |= {"pods": _POD_FIELDS, "events": _EVENT_FIELDS}.get(kind.resource, set())
+    tests: list[tuple[str, bool, str]] = []
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"([\w.]+)(==|=|!=)(.*)", part)
+        if not found:
+            raise ApiError(400, f"invalid selector: '{part}'; can't understand '{part}'")
+        if found[1] not in allowed:
+            raise ApiError(400, f"field label not supported: {found[1]}")
+        tests.append((found[1], found[2] != "!=", found[3]))
+    return lambda obj: all((str(dig(obj, path)) == value) is same for path, same, value in tests)
+
+
+def dig(obj: Object, path: str) -> Any:
+    """The value at a dotted path, "" where there is none."""
+    for part in path.split("."):
+        obj = obj.get(part, "") if isinstance(obj, dict) else ""
+    return obj
+
+
+# --- Patches -------------------------------------------------------------------------------------
+
+
+JSON_PATCH = "application/json-patch+json"
+MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
+
+
+def merge(target: Any, patch: Any) -> Any:
+    """RFC 7386: null deletes, maps merge, everything else replaces."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merge(result.get(key), value)
+    return result
+
+
+def json_patch(target: Any, operations: Any) -> Any:
+    """RFC 6902: add, replace, remove and test."""
+    result = copy.deepcopy(target)
+    for step in operations:
+        *parents, last = [
+            part.replace("~1", "/").replace("~0", "~") for part in step["path"].split("/")[1:]
+        ]
+        holder = result
+        for part in parents:
+            holder = holder[int(part)] if isinstance(holder, list) else holder[part]
+        _json_patch_step(holder, last, step)
+    return result
+
+
+def _json_patch_step(holder: Any, last: str, step: Object) -> None:
+    op = step["op"]
+    at: Any = last
+    if isinstance(holder, list):
+        at = len(holder) if last == "-" else int(last)
+    if op == "test":
+        if holder[at] != step["value"]:
+            raise ValueError(f"testing value {step['path']} failed")
+    elif op == "remove":
+        del holder[at]
+    elif op == "add" and isinstance(holder, list):
+        holder.insert(at, step["value"])
+    elif op in ("add", "replace"):
+        if op == "replace":
+            holder[at]  # it has to be there
+        holder[at] = step["value"]
+    else:
+        raise ValueError(f"unexpected kind: {op}")
+
+
+def apply_patch(current: Object, patch: Any, content_type: str) -> Object:
+    """The object with the patch applied, or the error that upstream answers."""
+    if content_type == JSON_PATCH:
+        if not isinstance(patch, list):
+            text = "json: cannot unmarshal object into Go value of type jsonpatch.Patch"
+            raise ApiError(400, text)
+        try:
+            result = json_patch(current, patch)
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            text = "the server rejected our request due to an error in our request"
+            raise ApiError(422, text, {}) from error
+    elif content_type in MERGE_PATCHES:
+        if not isinstance(patch, dict):
+            raise ApiError(400, "error decoding patch: json: cannot unmarshal into a map")
+        result = merge(current, patch)
+    else:
+        raise ApiError(415, "415: Unsupported Media Type", {})
+    return result if isinstance(result, dict) else {}
+
+
+# --- Field ownership -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes, as managedFields tells it."""
+
+    manager: str
+    subresource: str = ""
+
+
+_UNOWNED = {
+    "name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp",
+    "managedFields", "deletionTimestamp", "deletionGracePeriodSeconds", "generateName",
+}  # fmt: skip
+
+
+def _fields(obj: Object) -> dict[FieldPath, Any]:
+    """Every leaf of an object by its FieldsV1 path; a list is one leaf, coarser than upstream's."""
+    found: dict[FieldPath, Any] = {}
+
+    def walk(value: Any, path: FieldPath) -> None:
+        if not isinstance(value, dict) or not value or path[-1] == "f:selector":
+            found[path] = value
+            return
+        if path[-1] in ("f:annotations", "f:labels", "f:rollingUpdate"):
+            found[(*path, ".")] = None
+        for key, inner in value.items():
+            walk(inner, (*path, f"f:{key}"))
+
+    for key, value in obj.items():
+        if key == "metadata":
+            value = {k: v for k, v in value.items() if k not in _UNOWNED}
+        if key not in ("apiVersion", "kind") and value:
+            walk(value, (f"f:{key}",))
+    return found
+
+
+def _encode(paths: Iterable[FieldPath]) -> Object:
+    tree: Object = {}
+    for path in sorted(paths):
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+    return tree
+
+
+def _decode(tree: Object, path: FieldPath = ()) -> set[FieldPath]:
+    if not tree:
+        return {path}
+    return set().union(*(_decode(inner, (*path, key)) for key, inner in tree.items()))
+
+
+def managed_fields(
+    old: Object, new: Object, writer: Writer, api_version: str, now: str
+) -> list[Object]:
+    """The ownership after a write: who changed a field last has it, and nobody else."""
+    before, after = _fields(old), _fields(new)
+    taken = {p for p, v in after.items() if p not in before or before[p] != v}
+    lost = taken | (before.keys() - after.keys())
+    entries = []
+    mine: Object = {
+        "manager": writer.manager, "operation": "Update", "apiVersion": api_version, "time": now,
+        "fieldsType": "FieldsV1",
+    }  # fmt: skip
+    for entry in old.get("metadata", {}).get("managedFields", []):
+        paths = _decode(entry["fieldsV1"])
+        same = (entry["manager"], entry.get("subresource", "")) == (
+            writer.manager, writer.subresource,
+        )  # fmt: skip
+        if same and taken:
+            taken |= paths & after.keys()
+        elif paths - lost:
+            entries.append({**entry, "fieldsV1": _encode(paths - lost)})
+    if taken:
+        mine["fieldsV1"] = _encode(taken)
+        if writer.subresource:
+            mine["subresource"] = writer.subresource
+        entries.append(mine)
+    return sorted(entries, key=lambda e: (e["time"], e["manager"], e.get("subresource", "")))
+
+
+# --- Defaults and validation ---------------------------------------------------------------------
+
+
+def _not_decodable(kind: Kind, obj: Object) -> str | None:
+    """What the JSON decoder complains about, before any validation."""
+    for place in ("annotations", "labels"):
+        values = obj["metadata"].get(place) or {}
+        if not isinstance(values, dict):
+            return f"json: cannot unmarshal into Go struct field ObjectMeta.metadata.{place}"
+        for value in values.values():
+            if not isinstance(value, str):
+                what = "bool" if isinstance(value, bool) else {
+                    int: "number", float: "number", dict: "object", list: "array",
+                }.get(type(value), "null")  # fmt: skip
+                where = f"Go struct field ObjectMeta.metadata.{place} of type string"
+                return f"json: cannot unmarshal {what} into {where}"
+    replicas = (obj.get("spec") or {}).get("replicas")
+    if kind.kind in ("Deployment", "Scale") and not (replicas is None or type(replicas) is int):
+        what = "string" if isinstance(replicas, str) else f"number {replicas}"
+        where = f"Go struct field {kind.kind}Spec.spec.replicas of type int32"
+        return f"json: cannot unmarshal {what} into {where}"
+    return None
+
+
+def set_defaults(kind: Kind, obj: Object) -> None:
+    """The defaults that matter to a client of Deployments."""
+    if kind.resource == "events":
+        for key in ("reportingComponent", "reportingInstance"):
+            obj.setdefault(key, "")
+        obj.setdefault("source", {})
+        obj.setdefault("eventTime", None)
+    if kind.kind != "Deployment":
+        return
+    spec = obj.setdefault("spec", {})
+    spec.setdefault("replicas", 1)
+    spec.setdefault("revisionHistoryLimit", 10)
+    spec.setdefault("progressDeadlineSeconds", 600)
+    strategy = spec.setdefault("strategy", {})
+    if strategy.setdefault("type", "RollingUpdate") == "RollingUpdate":
+        rolling = strategy.setdefault("rollingUpdate", {})
+        rolling.setdefault("maxUnavailable", "25%")
+        rolling.setdefault("maxSurge", "25%")
+
+
+_ANNOTATION_KEY = re.compile(
+    r"(?:[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?/)?[a-z0-9](?:[-\w.]{0,61}[a-z0-9])?"
+)
+_NOT_A_NAME = (
+    "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end"
+    " with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for"
+    " validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')"
+)
+_DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leading zero
+
+
+def validate(kind: Kind, obj: Object, old: Object | None) -> list[Problem]:
+    """Upstream's objections to an object, for what this server knows of it."""
+    problems = _annotation_problems(kind, obj["metadata"].get("annotations") or {})
+    if not obj["metadata"].get("name"):
+        text = "Required value: name or generateName is required"
+        problems.append(Problem("metadata.name", text, "FieldValueRequired"))
+    if kind.kind in ("Deployment", "Scale") and obj["spec"].get("replicas", 0) < 0:
+        text = f"Invalid value: {obj['spec']['replicas']}: must be greater than or equal to 0"
+        problems.append(Problem("spec.replicas", text))
+    if kind.kind == "Deployment":
+        problems += _deployment_problems(obj["spec"], old)
+    if kind.kind == "Pod" and old and obj.get("spec") != old.get("spec"):
+        text = "Forbidden: pod updates may not change fields other than `spec.containers[*].image`"
+        problems.append(Problem("spec", text, "FieldValueForbidden"))
+    if kind.kind == "Event":
+        about = obj.get("involvedObject", {}).get("namespace", "")
+        if about != obj["metadata"]["namespace"]:
+            text = f'Invalid value: "{about}": does not match event.namespace'
+            problems.append(Problem("involvedObject.namespace", text))
+    return problems
+
+
+def _annotation_problems(kind: Kind, annotations: Mapping[str, str]) -> list[Problem]:
+    where = "metadata.annotations"
+    problems = []
+    for key in annotations:
+        if not _ANNOTATION_KEY.fullmatch(key.lower()):
+            problems.append(Problem(where, f'Invalid value: "{key}": {_NOT_A_NAME}'))
+    if sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > (
+        ANNOTATIONS_LIMIT_BYTES
+    ):
+        text = f"Too long: may not be more than {ANNOTATIONS_LIMIT_BYTES} bytes"
+        problems.append(Problem(where, text, "FieldValueTooLong"))
+    cost = annotations.get(DELETION_COST)
+    if kind.kind == "Pod" and cost is not None and deletion_cost(cost) is None:
+        text = f'Invalid value: "{cost}": must be a 32bit integer'
+        problems.append(Problem(f"{where}[{DELETION_COST}]", text))
+    return problems
+
+
+def _deployment_problems(spec: Object, old: Object | None) -> list[Problem]:
+    selector, template = spec.get("selector") or {}, spec.get("template") or {}
+    if not selector:
+        return [Problem("spec.selector", "Required value", "FieldValueRequired")]
+    problems = []
+    labels = template.get("metadata", {}).get("labels") or {}
+    if not parse_selector(selector_text(selector))(labels):
+        text = f"Invalid value: {json.dumps(labels)}: `selector` does not match template `labels`"
+        problems.append(Problem("spec.template.metadata.labels", text))
+    if not template.get("spec", {}).get("containers"):
+        where = "spec.template.spec.containers"
+        problems.append(Problem(where, "Required value", "FieldValueRequired"))
+    if old and old["spec"].get("selector") != selector:
+        text = f"Invalid value: {json.dumps(selector)}: field is immutable"
+        problems.append(Problem("spec.selector", text))
+    return problems
+
+
+def deletion_cost(value: str) -> int | None:
+    """The annotation's value, None where the API server refuses it."""
+    if not _DELETION_COST.fullmatch(value) or not -(2**31) <= int(value) < 2**31:
+        return None
+    return int(value)
+
+
+# --- Store ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One change of a Deployment's spec.replicas."""
+
+    time: datetime
+    manager: str
+    before: int
+    after: int
+    name: str
+    namespace: str
+
+
+def stamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def random_name(rng: random.Random, length: int) -> str:
+    return "".join(rng.choice(SAFE_ALPHABET) for _ in range(length))
+
+
+class Store:
+    """The objects, under one lock, with one cluster-wide revision."""
+
+    def __init__(self, clock: Callable[[], datetime], rng: random.Random) -> None:
+        self.lock = threading.RLock()
+        self.clock = clock
+        self.rng = rng
+        self.revision = 1000
+        self.objects: dict[Key, Object] = {}
+        self.scales: list[Scale] = []
+
+    def get(self, resource: str, namespace: str, name: str) -> Object | None:
+        return self.objects.get((resource, namespace, name))
+
+    def find(self, resource: str, namespace: str = "") -> list[Object]:
+        """Objects in etcd's order; every namespace's if none is named."""
+        return [
+            obj
+            for (found, space, _), obj in sorted(self.objects.items(), key=lambda item: item[0])
+            if found == resource and namespace in ("", space)
+        ]
+
+    def create(self, kind: Kind, obj: Object, writer: Writer, keep: bool = True) -> Object:
+        obj = copy.deepcopy(obj)
+        meta = obj["metadata"]
+        now = stamp(self.clock())
+        meta["uid"] = str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
+        meta["creationTimestamp"] = now
+        if kind.resource in ("deployments", "replicasets"):
+            meta["generation"] = 1
+        obj = {"kind": kind.kind, "apiVersion": kind.api_version, **obj}
+        meta["managedFields"] = managed_fields({}, obj, writer, kind.api_version, now)
+        return self._put(kind, obj, keep)
+
+    def update(
+        self, kind: Kind, old: Object, new: Object, writer: Writer, keep: bool = True
+    ) -> Object:
+        """Writes `new` over `old`, or nothing at all where nothing differs."""
+        new = copy.deepcopy(new)
+        meta = new["metadata"]
+        for system in _UNOWNED - {"deletionTimestamp", "deletionGracePeriodSeconds"}:
+            meta.pop(system, None)
+            if system in old["metadata"]:
+                meta[system] = old["metadata"][system]
+        for empty in ("annotations", "labels"):
+            if not meta.get(empty):
+                meta.pop(empty, None)
+        if new == old:
+            return old
+        if writer.subresource != "status" and _bumps_generation(kind, old, new):
+            meta["generation"] = meta.get("generation", 0) + 1
+        now = stamp(self.clock())
+        meta["managedFields"] = managed_fields(old, new, writer, kind.api_version, now)
+        if kind.resource == "deployments" and keep:
+            self._note_scale(old, new, writer)
+        return self._put(kind, new, keep)
+
+    def remove(self, kind: Kind, obj: Object) -> None:
+        self.revision += 1
+        meta = obj["metadata"]
+        self.objects.pop((kind.resource, meta["namespace"], meta["name"]), None)
+
+    def _put(self, kind: Kind, obj: Object, keep: bool) -> Object:
+        meta = obj["metadata"]
+        if keep:
+            self.revision += 1
+            meta["resourceVersion"] = str(self.revision)
+            self.objects[(kind.resource, meta["namespace"], meta["name"])] = obj
+        return obj
+
+    def _note_scale(self, old: Object, new: Object, writer: Writer) -> None:
+        before, after = wanted_replicas(old), wanted_replicas(new)
+        if before != after:
+            meta = new["metadata"]
+            self.scales.append(
+                Scale(self.clock(), writer.manager, before, after, meta["name"], meta["namespace"])
+            )
+
+
+def _bumps_generation(kind: Kind, old: Object, new: Object) -> bool:
+    if kind.resource == "deployments":
+        # Annotations count too: the controller has to copy them to the ReplicaSet.
+        annotations = (obj["metadata"].get("annotations") for obj in (old, new))
+        return old.get("spec") != new.get("spec") or len({json.dumps(a) for a in annotations}) > 1
+    return kind.resource == "replicasets" and old.get("spec") != new.get("spec")
+
+
+def wanted_replicas(obj: Object) -> int:
+    return int(obj["spec"].get("replicas", 1))
