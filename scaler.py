@@ -1241,7 +1241,7 @@ class Cluster:
             response = self._client.call_api(
                 *request, _request_timeout=self.budget.left(most_seconds)
             )
-            status, text = response.status, response.read()
+            text = response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
             LOG.debug("%s %s failed after %.3f s", method, path, time.monotonic() - started)
             raise ClusterFailure(
@@ -1249,44 +1249,36 @@ class Cluster:
                 f"the API server did not answer while {doing}: {brief(error)}",
                 transient=True,
             ) from error
-        LOG.debug("%s %s: %d in %.3f s", method, path, status, time.monotonic() - started)
-        if not 200 <= status < 300:
-            raise self._refusal(doing, method, resource, status, response, text)
+        LOG.debug("%s %s: %d in %.3f s", method, path, response.status, time.monotonic() - started)
+        if not 200 <= response.status < 300:
+            raise self._refusal(doing, method, resource, response)
         return understood(json.loads, text, None)
 
-    def _refusal(
-        self, doing: str, method: str, resource: str, status: int, response: Any, text: bytes
-    ) -> ClusterFailure:
+    def _refusal(self, doing: str, method: str, resource: str, response: Any) -> ClusterFailure:
         """The failure that an HTTP status stands for, with what to do about it."""
-        message = f"the API server answered {status} while {doing}: {status_message(text)}"
-        verb = {"PATCH": "patch", "POST": "create"}.get(
-            method, "get" if resource == "deployments" else "list"
-        )
-        reason: Reason = "ClusterUnavailable"
-        exit_code, transient = 2, False
+        status = response.status
+        message = f"the API server answered {status} while {doing}: {status_message(response.data)}"
         if status in (408, 410, 429) or status >= 500:
-            exit_code, transient = 1, True
-        elif status == 409:
-            exit_code = 1
-        elif status == 401:
-            reason, message = "Forbidden", message + "; the credentials are missing or expired"
-        elif status == 403:
-            reason = "Forbidden"
-            message += (
-                f"; the Role in namespace {self.namespace} has to allow {verb} on {resource} "
-                "(see rbac.yaml), unless an admission policy refused it (see guardrails.yaml)"
-            )
+            pause = retry_after(response.headers)
+            failure = ClusterFailure("ClusterUnavailable", message, 1, True, pause)
         elif status == 404 and resource == "deployments":
-            reason = "DeploymentNotFound"
-            message = (
-                f"there is no Deployment {self._name} in namespace {self.namespace}; "
-                "check DEPLOYMENT and NAMESPACE"
+            message = f"there is no Deployment {self._name} in namespace {self.namespace}"
+            advice = "; check DEPLOYMENT and NAMESPACE"
+            failure = ClusterFailure("DeploymentNotFound", message + advice, 2)
+        elif status == 401:
+            advice = "; the credentials of the scaler are missing or expired"
+            failure = ClusterFailure("Forbidden", message + advice, 2)
+        elif status == 403:
+            read = "get" if resource == "deployments" else "list"
+            verb = {"PATCH": "patch", "POST": "create"}.get(method, read)
+            advice = (
+                f"; the Role in namespace {self.namespace} has to allow {verb} on {resource} "
+                "(rbac.yaml), if no admission policy refused it (guardrails.yaml)"
             )
-        elif status == 422:
-            reason = "Forbidden"
-        failure = ClusterFailure(
-            reason, message, exit_code, transient, retry_after(response.headers)
-        )
+            failure = ClusterFailure("Forbidden", message + advice, 2)
+        else:
+            reason: Reason = "Forbidden" if status == 422 else "ClusterUnavailable"
+            failure = ClusterFailure(reason, message, 1 if status == 409 else 2)
         failure.status = status
         return failure
 
