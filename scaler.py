@@ -629,8 +629,8 @@ def recommend(settings: Settings, queue: Queue) -> int:
 def ask(settings: Settings, queue: Queue | None, desired: int) -> str:
     """What the queue asks for, as the beginning of a sentence."""
     bound = {
-        settings.max_replicas: ", the most allowed",
-        settings.min_replicas: ", the fewest allowed",
+        settings.max_replicas: ", the maximum",
+        settings.min_replicas: ", the minimum",
     }
     return f"{queue}: {pods(desired)} wanted{bound.get(desired, '')}"
 
@@ -814,7 +814,8 @@ def without_queue(settings: Settings, seen: Observed, problem: QueueFailure) -> 
 class Progress:
     """How far a run has come: what is told of it if it has to end in the middle.
 
-    `outcome` is set as soon as the Deployment has been scaled, whatever fails after that.
+    `in_doubt` is true while a patch may or may not have reached the Deployment; `outcome` is set
+    as soon as the Deployment is known to be scaled, whatever fails after that.
     """
 
     started: float
@@ -822,6 +823,7 @@ class Progress:
     stage_reason: Reason = "ClusterUnavailable"
     namespace: str | None = None
     replicas: int | None = None
+    in_doubt: bool = False
     outcome: Outcome | None = None
 
     def enter(self, stage: str, reason: Reason) -> None:
@@ -1430,7 +1432,7 @@ def run(world: World) -> Outcome:
 def attempt(world: World, unsettled: list[Sent]) -> Outcome:
     settings = world.settings
     deployment = world.cluster.read_deployment()
-    world.progress.replicas = deployment.replicas
+    world.progress.replicas, world.progress.in_doubt = deployment.replicas, False
     for sent in unsettled:
         if sent.landed(deployment):
             return finish(world, deployment, sent)
@@ -1521,12 +1523,15 @@ def apply(world: World, deployment: Deployment, sent: Sent, unsettled: list[Sent
         body["spec"] = {"replicas": sent.decision.replicas}
     if world.settings.dry_run or not (sent.annotations or sent.scales):
         return sent.outcome(deployment, world.settings.dry_run)
+    world.progress.in_doubt = True
     try:
         world.cluster.patch_deployment(body)
-    except Interfered as failure:
-        if sent.scales and failure.may_have_landed:
+    except ClusterFailure as failure:
+        world.progress.in_doubt = isinstance(failure, Interfered) and failure.may_have_landed
+        if world.progress.in_doubt and sent.scales:
             unsettled.append(sent)
         raise
+    world.progress.in_doubt = False
     return finish(world, deployment, sent)
 
 
@@ -1570,6 +1575,7 @@ def event(world: World, deployment: Deployment, sent: Sent) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- report and main
 
+WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
 RECORD_BYTES = 4095
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 
@@ -1630,8 +1636,8 @@ class Reporter:
     def record(self, outcome: Outcome) -> dict[str, Any]:
         return {
             "time": write_time(self.clock()),
-            "namespace": self.progress.namespace or self.environ.get("NAMESPACE"),
-            "deployment": self.environ.get("DEPLOYMENT"),
+            "namespace": self.progress.namespace or self.name("NAMESPACE"),
+            "deployment": self.name("DEPLOYMENT"),
             "waiting": outcome.waiting,
             "waitingCapped": outcome.waiting_capped,
             "busy": outcome.busy,
@@ -1645,11 +1651,17 @@ class Reporter:
             "durationSeconds": round(time.monotonic() - self.progress.started, 3),
         }
 
+    def name(self, variable: str) -> str | None:
+        """A name as it was set, right or wrong, in a form that can be printed."""
+        value = self.environ.get(variable)
+        return None if value is None else value[:253].encode(errors="replace").decode()
+
     def write_termination_log(self, record: dict[str, Any]) -> None:
         path = Path(self.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
         if str(path) == DEFAULT_TERMINATION_LOG and not path.exists():
             return
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_record(record))
         except OSError as error:
             LOG.warning("the result record was not written: %s", error)
@@ -1659,7 +1671,9 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
     """JSON of less than the 4,096 bytes that the kubelet keeps; the message gives way."""
     message = str(record["message"])
     while True:
-        data = json.dumps({**record, "message": message}, ensure_ascii=False).encode()
+        data = json.dumps({**record, "message": message}, ensure_ascii=False).encode(
+            errors="replace"
+        )
         if len(data) <= RECORD_BYTES or not message:
             return data
         message = message[: len(message) * 3 // 4]
@@ -1676,23 +1690,21 @@ def watch(reporter: Reporter, settings: Settings) -> None:
         if out_of_time
         else f"ended by {signal.Signals(signum).name}"
     )
-    outcome = progress.outcome or broken_off(progress, f"{why} while {progress.stage}")
+    reason = f"{why} while {progress.stage}"
+    outcome = progress.outcome or broken_off(progress, progress.stage_reason, reason, 1)
     exit_code = outcome.exit_code if out_of_time else 128 + signum
     leave(reporter.end(replace(outcome, exit_code=exit_code)))
 
 
-WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
-
-
-def broken_off(progress: Progress, why: str) -> Outcome:
-    """The outcome of a run that ends before its own end."""
+def broken_off(progress: Progress, reason: Reason, why: str, exit_code: int) -> Outcome:
+    """The outcome of a run that ends without a decision, or before it was carried out."""
     replicas = progress.replicas
-    if progress.stage == PATCHING:
-        message = f"{why}: whether the patch arrived is not known; the next run will see"
-        return Outcome(progress.stage_reason, message, 1, current=replicas)
-    return Outcome(
-        progress.stage_reason, f"{why}: nothing is changed", 1, current=replicas, replicas=replicas
-    )
+    if progress.in_doubt:
+        why += "; whether the patch arrived is not known, the next run will see"
+        return Outcome(reason, why, exit_code, current=replicas)
+    if replicas is not None:
+        why += f"; {scaled(replicas, replicas)}"
+    return Outcome(reason, why, exit_code, current=replicas, replicas=replicas)
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], datetime]) -> int:
@@ -1708,7 +1720,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], da
     environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
     set_up_logging(environ)
     dry_run = environ.get("DRY_RUN", "").strip().lower() == "true"
-    reporter = Reporter(environ, clock, Progress(time.monotonic()), dry_run)
+    progress = Progress(time.monotonic())
+    reporter = Reporter(environ, clock, progress, dry_run)
     unknown = [argument for argument in argv if argument != "--dry-run"]
     try:
         if unknown:
@@ -1716,14 +1729,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], da
                 f"unknown argument {quoted(unknown[0])}: expected --dry-run, --help, --version"
             )
             raise Failure("InvalidSettings", problem, exit_code=2)
-        return reporter.end(supervised(read_settings(environ), environ, reporter))
+        outcome = supervised(read_settings(environ), environ, reporter)
     except Failure as failure:
-        return reporter.end(failed(reporter.progress, failure))
+        outcome = broken_off(progress, failure.reason, str(failure), failure.exit_code)
     except Exception as error:
         LOG.error("%s", traceback.format_exc())
-        progress = reporter.progress
         why = f"internal error while {progress.stage}: {type(error).__name__}: {brief(error)}"
-        return reporter.end(replace(progress.outcome or broken_off(progress, why), exit_code=1))
+        outcome = progress.outcome or broken_off(progress, progress.stage_reason, why, 1)
+        outcome = replace(outcome, exit_code=1)
+    return reporter.end(outcome)
 
 
 def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporter) -> Outcome:
@@ -1745,17 +1759,6 @@ def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporte
         progress,
     )
     return run(world)
-
-
-def failed(progress: Progress, failure: Failure) -> Outcome:
-    replicas = progress.replicas
-    message = str(failure)
-    if isinstance(failure, Interfered) and failure.may_have_landed:
-        message += "; whether the patch arrived is not known; the next run will see"
-        return Outcome(failure.reason, message, failure.exit_code, current=replicas)
-    if replicas is not None:
-        message += f"; stays at {pods(replicas)}"
-    return Outcome(failure.reason, message, failure.exit_code, current=replicas, replicas=replicas)
 
 
 def leave(exit_code: int) -> NoReturn:
