@@ -199,6 +199,12 @@ def collection(raw: str) -> str:
     return "/".join(segments)
 
 
+def field_path(raw: str) -> str:
+    if not all(part.strip() for part in raw.split(".")):
+        raise ValueError("expected the name of a field, such as assignedPodId or worker.pod")
+    return raw
+
+
 def choice(*accepted: str) -> Callable[[str], str]:
     def parse(raw: str) -> str:
         for word in accepted:
@@ -283,7 +289,7 @@ class Settings:
     busy_filter: tuple[Filter, ...] | None = setting(
         filters, None, "the same for a job that a pod is working on", "unset: not busy-aware")
     busy_pod_field: str = setting(
-        text, "assignedPodId", "field of a job's document that holds the name of its pod")
+        field_path, "assignedPodId", "field of a job's document that holds the name of its pod")
     min_replicas: int = setting(
         replica_count, "1", "lower end of the range, in pods; 0 scales to zero")
     max_replicas: int = setting(positive, "3", "upper end of the range, in pods")
@@ -927,7 +933,7 @@ class JobQueue:
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
         """Which of these pods hold a busy job. Raises QueueFailure."""
-        pod_field = self._settings.busy_pod_field
+        pod_field = api_field_path(self._settings.busy_pod_field)
         busy: set[str] = set()
         for query in self._busy_queries(pod_names):
             found = self._ask(
@@ -943,8 +949,9 @@ class JobQueue:
         by_group = self._settings.queue_collection_group
         start = self._client.collection_group if by_group else self._client.collection
         query: Any = start(path)
-        for condition in conditions:
-            query = query.where(filter=FieldFilter(condition.field, condition.op, condition.value))
+        for one in conditions:
+            name = api_field_path(one.field)
+            query = query.where(filter=FieldFilter(name, one.op, one.value))
         return query
 
     def _busy_queries(self, pod_names: Sequence[str]) -> Iterator[Any]:
@@ -993,6 +1000,14 @@ class JobQueue:
             return answer
 
         return retrying(self._budget, is_transient)(once)
+
+
+def api_field_path(name: str) -> str:
+    """A field's path as the API takes it, with quotes where a part of it needs them. One that
+    has quotes already is left as it is."""
+    from google.cloud.firestore import Client
+
+    return name if "`" in name else str(Client.field_path(*name.split(".")))
 
 
 def never() -> Any:
