@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -1386,13 +1386,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class World:
-    """The two outside worlds of a run, its settings, and the clock. The queue is opened when it
-    is first asked for."""
+    """The two outside worlds of a run, its settings, and the time. The queue is opened when it is
+    first asked for."""
 
     settings: Settings
     cluster: Cluster
     queue: Callable[[], JobQueue]
-    clock: Callable[[], datetime]
+    now: Callable[[], datetime]
     progress: Progress
 
 
@@ -1451,14 +1451,15 @@ def attempt(world: World, unsettled: list[Sent]) -> Outcome:
     for sent in unsettled:
         if sent.landed(deployment):
             return finish(world, deployment, sent)
-    now = world.clock().replace(microsecond=0)
+    now = world.now()
     seen = Observed(now, deployment.replicas, recall(deployment.annotations, settings, now))
     exit_code = 0
     try:
         seen, decision = observe(world, deployment, seen)
     except QueueFailure as problem:
         decision, exit_code = without_queue(settings, seen, problem), problem.exit_code
-    sent = Sent(decision, seen, annotations_to_write(deployment, seen, decision), exit_code)
+    written = annotations_to_write(deployment, seen.replicas, decision, world.now())
+    sent = Sent(decision, seen, written, exit_code)
     return apply(world, deployment, sent, unsettled)
 
 
@@ -1515,14 +1516,14 @@ def mark_pods(cluster: Cluster, pods: Iterable[Pod], busy: set[str]) -> list[Pod
 
 
 def annotations_to_write(
-    deployment: Deployment, seen: Observed, decision: Decision
+    deployment: Deployment, current: int, decision: Decision, now: datetime
 ) -> dict[str, str | None]:
     """The annotations that have to change for a decision to be on record."""
     wanted = dict(decision.annotations)
-    if decision.replicas != seen.replicas:
-        verb = "up" if decision.replicas > seen.replicas else "down"
-        wanted[LAST_SCALE_TIME] = write_time(seen.now)
-        wanted[LAST_SCALE] = f"{verb} {seen.replicas}->{decision.replicas}"
+    if decision.replicas != current:
+        verb = "up" if decision.replicas > current else "down"
+        wanted[LAST_SCALE_TIME] = write_time(now)
+        wanted[LAST_SCALE] = f"{verb} {current}->{decision.replicas}"
     return {
         name: value for name, value in wanted.items() if deployment.annotations.get(name) != value
     }
@@ -1564,7 +1565,7 @@ def finish(world: World, deployment: Deployment, sent: Sent) -> Outcome:
 
 def event(world: World, deployment: Deployment, sent: Sent) -> dict[str, Any]:
     name, namespace = world.settings.deployment, world.cluster.namespace
-    when = write_time(sent.seen.now)
+    when = write_time(world.now())
     return {
         "apiVersion": "v1",
         "kind": "Event",
@@ -1628,7 +1629,7 @@ class Reporter:
     """Writes how a run ended, once, whichever thread gets there first."""
 
     environ: Mapping[str, str]
-    clock: Callable[[], datetime]
+    now: Callable[[], datetime]
     progress: Progress
     dry_run: bool
     taken: threading.Lock = field(default_factory=threading.Lock)
@@ -1650,7 +1651,7 @@ class Reporter:
 
     def record(self, outcome: Outcome) -> dict[str, Any]:
         return {
-            "time": write_time(self.clock()),
+            "time": write_time(self.now()),
             "namespace": self.progress.namespace or self.name("NAMESPACE"),
             "deployment": self.name("DEPLOYMENT"),
             "waiting": outcome.waiting,
@@ -1735,8 +1736,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], da
     environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
     set_up_logging(environ)
     dry_run = environ.get("DRY_RUN", "").strip().lower() == "true"
-    progress = Progress(time.monotonic())
-    reporter = Reporter(environ, clock, progress, dry_run)
+    progress, begun = Progress(time.monotonic()), clock()
+
+    def now() -> datetime:
+        """The beginning of the run plus whole seconds since: most runs have one time only, and
+        do not miss the end of a cooldown by how long an import takes."""
+        return begun + timedelta(seconds=int(time.monotonic() - progress.started))
+
+    reporter = Reporter(environ, now, progress, dry_run)
     unknown = [argument for argument in argv if argument != "--dry-run"]
     try:
         if unknown:
@@ -1770,7 +1777,7 @@ def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporte
         settings,
         open_cluster(settings, environ, budget, progress),
         cache(lambda: open_queue(settings, queue_budget, progress)),
-        reporter.clock,
+        reporter.now,
         progress,
     )
     return run(world)
