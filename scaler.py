@@ -1043,7 +1043,6 @@ def open_queue(settings: Settings, budget: Budget, progress: Progress) -> JobQue
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 BUSY_COST = INT32_MAX
 PAGE = 500
-PATCHING = "patching the Deployment"
 
 
 @dataclass(frozen=True)
@@ -1179,6 +1178,11 @@ class Cluster:
         return self._retry(once)
 
     def live_pods(self, selector: str) -> list[Pod]:
+        if not selector:
+            # It would select every pod of the namespace; the API allows no such Deployment.
+            problem = "the Deployment came without a selector"
+            raise ClusterFailure("ClusterUnavailable", problem)
+
         def once() -> list[Pod]:
             live: list[Pod] = []
             query = {"labelSelector": selector, "limit": str(PAGE)}
@@ -1210,7 +1214,7 @@ class Cluster:
         """One merge patch, not repeated: raises Interfered where the Deployment has to be read
         again to know what became of it."""
         try:
-            self._call(PATCHING, "PATCH", "deployments", self._name, body)
+            self._call("patching the Deployment", "PATCH", "deployments", self._name, body)
         except ClusterFailure as failure:
             if failure.transient or failure.status == 409:
                 again = Interfered(failure.reason, str(failure), retry_after=failure.retry_after)
@@ -1668,9 +1672,11 @@ class Reporter:
         }
 
     def name(self, variable: str) -> str | None:
-        """A name as it was set, right or wrong, in a form that can be printed."""
+        """A name as it was set, right or wrong, in a form that fits into a line."""
         value = self.environ.get(variable)
-        return None if value is None else value[:253].encode(errors="replace").decode()
+        if value is None:
+            return None
+        return " ".join(value[:253].encode(errors="replace").decode().split())
 
     def write_termination_log(self, record: dict[str, Any]) -> None:
         path = Path(self.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
