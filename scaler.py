@@ -1114,25 +1114,31 @@ def rival(managed_fields: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def parse_pod(item: Mapping[str, Any]) -> Pod | None:
-    """None for a pod that is not live: the ReplicaSet controller does not count it either."""
+    """None for a pod that the ReplicaSet controller does not count either: one that is ending or
+    has ended, or that another controller's labels resemble."""
     metadata, status = item["metadata"], item.get("status") or {}
     phase = status.get("phase")
     if metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
         return None
-    owners = [o.get("uid") for o in metadata.get("ownerReferences") or [] if o.get("controller")]
+    owners = [one for one in metadata.get("ownerReferences") or [] if one.get("controller")]
+    if owners and owners[0].get("kind") != "ReplicaSet":
+        return None
+    conditions = status.get("conditions") or []
     return Pod(
         name=metadata["name"],
-        owner=owners[0] if owners else None,
+        owner=owners[0].get("uid") if owners else None,
         standing=(
             bool((item.get("spec") or {}).get("nodeName")),
             {"Pending": 0, "Unknown": 1, "Running": 2}.get(str(phase), 0),
-            any(
-                c.get("type") == "Ready" and c.get("status") == "True"
-                for c in status.get("conditions") or []
-            ),
+            any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions),
         ),
-        deletion_cost=int((metadata.get("annotations") or {}).get(DELETION_COST, 0)),
+        deletion_cost=read_cost((metadata.get("annotations") or {}).get(DELETION_COST, "0")),
     )
+
+
+def read_cost(value: str) -> int:
+    """The controller takes an unreadable cost for 0; -1 has it written anew."""
+    return int(value) if re.fullmatch(r"-?[0-9]{1,10}", value) else -1
 
 
 def least_replicas(live: Sequence[Pod], busy: set[str]) -> int:
@@ -1194,7 +1200,8 @@ class Cluster:
                 live += [pod for pod in page if pod]
                 token = (answer.get("metadata") or {}).get("continue")
                 if not token:
-                    return live
+                    # A bare pod with the same labels is somebody's own.
+                    return [pod for pod in live if pod.owner] or live
                 query["continue"] = token
 
         return self._retry(once)
