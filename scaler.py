@@ -838,16 +838,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """Time that a run, or a part of it, may still take; `deadline` is on the monotonic clock."""
+    """Time that a run, or a part of it, may still take.
+
+    `deadline` is on the monotonic clock; one call gets `call_seconds` of it at the most, so that
+    one that is never answered can be tried again.
+    """
 
     deadline: float
+    call_seconds: float
 
-    def left(self, most: float = math.inf) -> float:
-        """Seconds left, at most `most`. Never 0, which the clients would read as no limit."""
-        return max(0.05, min(most, self.deadline - time.monotonic()))
+    def left(self) -> float:
+        """Seconds until the deadline. Never 0, which the clients would read as no limit."""
+        return max(0.05, self.deadline - time.monotonic())
 
-
-CALL_SECONDS = 10.0
+    def for_call(self) -> float:
+        return min(self.call_seconds, self.left())
 
 
 def retrying(budget: Budget, again: Callable[[BaseException], bool]) -> Retrying:
@@ -992,7 +997,7 @@ class JobQueue:
             self._progress.enter(doing, "QueueUnavailable")
             started = time.monotonic()
             try:
-                answer = question(self._budget.left(CALL_SECONDS))
+                answer = question(self._budget.for_call())
             except (GoogleAPIError, GoogleAuthError) as error:
                 LOG.debug("%s failed after %.3f s", doing, time.monotonic() - started)
                 raise queue_failure(doing, error) from error
@@ -1028,11 +1033,13 @@ def open_queue(settings: Settings, budget: Budget, progress: Progress) -> JobQue
 
     try:
         client = Client(settings.firestore_project, database=settings.firestore_database)
-    except (GoogleAuthError, OSError, ValueError) as error:
+    except (GoogleAuthError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # Without the library's own text, which quotes what it was given: at times a private key.
         raise QueueFailure(
             "Forbidden",
-            f"no Google credentials for Firestore: looked for GOOGLE_APPLICATION_CREDENTIALS, "
-            f"gcloud's login, Workload Identity and FIRESTORE_PROJECT: {brief(error)}",
+            "no usable Google credentials or project for Firestore: looked for "
+            "GOOGLE_APPLICATION_CREDENTIALS (the path of a file), gcloud's login, Workload "
+            f"Identity, FIRESTORE_PROJECT ({type(error).__name__})",
             exit_code=2,
         ) from error
     return JobQueue(settings, client, budget, progress)
@@ -1107,7 +1114,7 @@ def rival(managed_fields: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     last = max(owners, key=lambda entry: entry.get("time") or "")
     manager = str(last.get("manager"))
-    if manager == FIELD_MANAGER or manager.startswith("kubectl"):
+    if manager in (FIELD_MANAGER, "kubectl") or manager.startswith("kubectl-"):
         return None
     through = f" through the {last['subresource']} subresource" if last.get("subresource") else ""
     return f"{manager}{through} at {last.get('time')}"
@@ -1134,6 +1141,10 @@ def parse_pod(item: Mapping[str, Any]) -> Pod | None:
         ),
         deletion_cost=read_cost((metadata.get("annotations") or {}).get(DELETION_COST, "0")),
     )
+
+
+def parse_pods(answer: Mapping[str, Any]) -> list[Pod | None]:
+    return [parse_pod(item) for item in answer.get("items") or []]
 
 
 def read_cost(value: str) -> int:
@@ -1178,8 +1189,9 @@ class Cluster:
 
     def read_deployment(self) -> Deployment:
         def once() -> Deployment:
-            answer = self._call("reading the Deployment", "GET", "deployments", self._name)
-            return understood(parse_deployment, answer, "Deployment")
+            doing = "reading the Deployment"
+            answer = self._call(doing, "GET", "deployments", self._name)
+            return understood(doing, parse_deployment, answer, "Deployment")
 
         return self._retry(once)
 
@@ -1190,13 +1202,11 @@ class Cluster:
             raise ClusterFailure("ClusterUnavailable", problem)
 
         def once() -> list[Pod]:
-            live: list[Pod] = []
+            doing, live = "listing the pods", []
             query = {"labelSelector": selector, "limit": str(PAGE)}
             while True:
-                answer = self._call("listing the pods", "GET", "pods", query=query)
-                page = understood(
-                    lambda a: [parse_pod(item) for item in a["items"]], answer, "PodList"
-                )
+                answer = self._call(doing, "GET", "pods", query=query)
+                page = understood(doing, parse_pods, answer, "PodList")
                 live += [pod for pod in page if pod]
                 token = (answer.get("metadata") or {}).get("continue")
                 if not token:
@@ -1217,20 +1227,22 @@ class Cluster:
             raise
         return True
 
-    def patch_deployment(self, body: Mapping[str, Any]) -> None:
-        """One merge patch, not repeated: raises Interfered where the Deployment has to be read
-        again to know what became of it."""
+    def patch_deployment(self, body: Mapping[str, Any]) -> Deployment:
+        """One merge patch, and the Deployment after it. It is not repeated: Interfered means that
+        the Deployment has to be read again to know what became of it."""
+        doing = "patching the Deployment"
         try:
-            self._call("patching the Deployment", "PATCH", "deployments", self._name, body)
+            answer = self._call(doing, "PATCH", "deployments", self._name, body)
+            return understood(doing, parse_deployment, answer, "Deployment")
         except ClusterFailure as failure:
-            if failure.transient or failure.status == 409:
-                again = Interfered(failure.reason, str(failure), retry_after=failure.retry_after)
-                again.status = failure.status
-                raise again from failure
-            raise
+            if not failure.transient:
+                raise
+            again = Interfered(failure.reason, str(failure), retry_after=failure.retry_after)
+            again.status = failure.status
+            raise again from failure
 
     def post_event(self, event: Mapping[str, Any]) -> None:
-        self._call("writing the Event", "POST", "events", body=event, most_seconds=3.0)
+        self._call("writing the Event", "POST", "events", body=event)
 
     def _retry(self, once: Callable[[], T]) -> T:
         return retrying(self.budget, is_transient)(once)
@@ -1243,8 +1255,7 @@ class Cluster:
         name: str = "",
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, str] | None = None,
-        most_seconds: float = CALL_SECONDS,
-    ) -> dict[str, Any]:
+    ) -> Any:
         """One request with plain JSON, which spares the import of the client's generated models
         (more CPU than all the rest of a run)."""
         from kubernetes.client.exceptions import OpenApiException
@@ -1266,9 +1277,7 @@ class Cluster:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            response = self._client.call_api(
-                *request, _request_timeout=self.budget.left(most_seconds)
-            )
+            response = self._client.call_api(*request, _request_timeout=self.budget.for_call())
             text = response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
             LOG.debug("%s %s failed after %.3f s", method, path, time.monotonic() - started)
@@ -1277,10 +1286,14 @@ class Cluster:
                 f"the API server did not answer while {doing}: {brief(error)}",
                 transient=True,
             ) from error
+        except ValueError:
+            # Its text, http.client's, quotes the whole header.
+            problem = "the credentials hold a character that no HTTP header can, such as a line end"
+            raise ClusterFailure("Forbidden", problem, exit_code=2) from None
         LOG.debug("%s %s: %d in %.3f s", method, path, response.status, time.monotonic() - started)
         if not 200 <= response.status < 300:
             raise self._refusal(doing, method, resource, response)
-        return understood(json.loads, text, None)
+        return understood(doing, json.loads, text)
 
     def _refusal(self, doing: str, method: str, resource: str, response: Any) -> ClusterFailure:
         """The failure that an HTTP status stands for, with what to do about it."""
@@ -1304,24 +1317,28 @@ class Cluster:
                 "(rbac.yaml), if no admission policy refused it (guardrails.yaml)"
             )
             failure = ClusterFailure("Forbidden", message + advice, 2)
+        elif status == 409:
+            failure = Interfered("ClusterUnavailable", message)
         else:
             reason: Reason = "Forbidden" if status == 422 else "ClusterUnavailable"
-            failure = ClusterFailure(reason, message, 1 if status == 409 else 2)
+            failure = ClusterFailure(reason, message, 2)
         failure.status = status
         return failure
 
 
-def understood(parse: Callable[[Any], T], answer: Any, kind: str | None) -> T:
+def understood(doing: str, parse: Callable[[Any], T], answer: Any, kind: str | None = None) -> T:
     """What an answer means; one that is not what was asked for is a transient failure (a proxy's
     error page, an answer cut short)."""
     try:
         if kind and answer.get("kind") != kind:
             raise ValueError(f"kind {quoted(answer.get('kind'))} instead of {kind}")
         return parse(answer)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise ClusterFailure(
             "ClusterUnavailable",
-            f"the API server's answer makes no sense: {type(error).__name__}: {brief(error)}",
+            f"the API server's answer makes no sense while {doing}: {type(error).__name__}",
             transient=True,
         ) from error
 
@@ -1361,12 +1378,15 @@ def open_cluster(
         else:
             config.load_kube_config(client_configuration=configuration, persist_config=False)
             own = config.list_kube_config_contexts()[1]["context"].get("namespace") or "default"
-    except (config.ConfigException, YAMLError, OSError, ValueError, TypeError, KeyError) as error:
+    except (
+        config.ConfigException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
+    ) as error:  # fmt: skip
+        said = brief(error) if isinstance(error, config.ConfigException | OSError) else "damaged"
         raise ClusterFailure(
             "ClusterUnavailable",
             "no usable cluster configuration: looked for a service account "
             f"(KUBERNETES_SERVICE_HOST and {SERVICE_ACCOUNT}), KUBECONFIG and ~/.kube/config: "
-            f"{brief(error)}",
+            f"{type(error).__name__}: {said}",
             exit_code=2,
         ) from error
     client = ApiClient(configuration)
@@ -1415,6 +1435,7 @@ class Sent:
     seen: Observed
     annotations: Mapping[str, str | None]
     exit_code: int
+    warnings: tuple[str, ...]
 
     @property
     def scales(self) -> bool:
@@ -1426,9 +1447,9 @@ class Sent:
             deployment.annotations.get(name) == value for name, value in self.annotations.items()
         )
 
-    def outcome(self, deployment: Deployment, dry_run: bool = False) -> Outcome:
+    def outcome(self, replicas: int, dry_run: bool = False) -> Outcome:
+        """How the run ends, with the number of replicas that the Deployment has after it."""
         seen, decision, queue = self.seen, self.decision, self.seen.queue
-        other = f"two masters: spec.replicas was last set by {deployment.rival}; keep only one"
         change = decision.replicas - seen.replicas
         return Outcome(
             reason=decision.reason,
@@ -1439,9 +1460,9 @@ class Sent:
             busy=queue.busy if queue else None,
             current=seen.replicas,
             desired=decision.desired,
-            replicas=seen.replicas if dry_run else decision.replicas,
+            replicas=replicas,
             action="scale-up" if change > 0 else "scale-down" if change < 0 else "none",
-            warnings=(*seen.memory.warnings, *([other] if deployment.rival else [])),
+            warnings=self.warnings,
         )
 
 
@@ -1469,8 +1490,11 @@ def attempt(world: World, unsettled: list[Sent]) -> Outcome:
         seen, decision = observe(world, deployment, seen)
     except QueueFailure as problem:
         decision, exit_code = without_queue(settings, seen, problem), problem.exit_code
-    written = annotations_to_write(deployment, seen.replicas, decision, world.now())
-    sent = Sent(decision, seen, written, exit_code)
+    warnings = seen.memory.warnings
+    if deployment.rival:
+        warnings += (f"two masters: spec.replicas was last set by {deployment.rival}; keep one",)
+    written = annotations_to_write(deployment, seen, decision)
+    sent = Sent(decision, seen, written, exit_code, warnings)
     return apply(world, deployment, sent, unsettled)
 
 
@@ -1507,11 +1531,18 @@ def protect_busy(world: World, live: Sequence[Pod], seen: Observed) -> tuple[Obs
     busy, now_seen, decision = look([replace(pod, deletion_cost=0) for pod in live])
     if decision.replicas >= seen.replicas or world.settings.dry_run:
         return now_seen, decision
+    before = {pod.name: pod.deletion_cost for pod in live}
     live = mark_pods(world.cluster, live, busy)
     # A pod that finished since it was marked keeps its mark, and so its place, until the next run.
     busy, now_seen, decision = look(live)
+    claimed = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
+    marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
+    if marked + len(claimed) > len(live):
+        # More than one mark a pod: too much is going on. The next run has fewer to make.
+        now_seen = replace(seen, keep=INT32_MAX)
+        return now_seen, decide(world.settings, now_seen)
     if decision.replicas < seen.replicas:
-        mark_pods(world.cluster, [pod for pod in live if pod.name in busy], busy)
+        mark_pods(world.cluster, claimed, busy)
     return now_seen, decision
 
 
@@ -1527,14 +1558,14 @@ def mark_pods(cluster: Cluster, pods: Iterable[Pod], busy: set[str]) -> list[Pod
 
 
 def annotations_to_write(
-    deployment: Deployment, current: int, decision: Decision, now: datetime
+    deployment: Deployment, seen: Observed, decision: Decision
 ) -> dict[str, str | None]:
     """The annotations that have to change for a decision to be on record."""
     wanted = dict(decision.annotations)
-    if decision.replicas != current:
-        verb = "up" if decision.replicas > current else "down"
-        wanted[LAST_SCALE_TIME] = write_time(now)
-        wanted[LAST_SCALE] = f"{verb} {current}->{decision.replicas}"
+    if decision.replicas != seen.replicas:
+        verb = "up" if decision.replicas > seen.replicas else "down"
+        wanted[LAST_SCALE_TIME] = write_time(seen.now)
+        wanted[LAST_SCALE] = f"{verb} {seen.replicas}->{decision.replicas}"
     return {
         name: value for name, value in wanted.items() if deployment.annotations.get(name) != value
     }
@@ -1549,22 +1580,21 @@ def apply(world: World, deployment: Deployment, sent: Sent, unsettled: list[Sent
     if sent.scales:
         body["spec"] = {"replicas": sent.decision.replicas}
     if world.settings.dry_run or not (sent.annotations or sent.scales):
-        return sent.outcome(deployment, world.settings.dry_run)
+        return sent.outcome(deployment.replicas, world.settings.dry_run)
     world.progress.in_doubt = True
     try:
-        world.cluster.patch_deployment(body)
+        after = world.cluster.patch_deployment(body)
     except ClusterFailure as failure:
         world.progress.in_doubt = isinstance(failure, Interfered) and failure.may_have_landed
         if world.progress.in_doubt and sent.scales:
             unsettled.append(sent)
         raise
-    world.progress.in_doubt = False
-    return finish(world, deployment, sent)
+    return finish(world, after, sent)
 
 
 def finish(world: World, deployment: Deployment, sent: Sent) -> Outcome:
     """What remains once the patch is known to have landed: the Event, as the HPA writes one."""
-    outcome = sent.outcome(deployment)
+    outcome = sent.outcome(deployment.replicas)
     if sent.scales:
         world.progress.outcome = outcome
         try:
@@ -1576,7 +1606,7 @@ def finish(world: World, deployment: Deployment, sent: Sent) -> Outcome:
 
 def event(world: World, deployment: Deployment, sent: Sent) -> dict[str, Any]:
     name, namespace = world.settings.deployment, world.cluster.namespace
-    when = write_time(world.now())
+    when = write_time(sent.seen.now)
     return {
         "apiVersion": "v1",
         "kind": "Event",
@@ -1590,7 +1620,7 @@ def event(world: World, deployment: Deployment, sent: Sent) -> dict[str, Any]:
         },
         "type": "Normal",
         "reason": "SuccessfulRescale",
-        "message": f"New size: {sent.decision.replicas}; {sent.decision.message}"[:1024],
+        "message": scrub(f"New size: {sent.decision.replicas}; {sent.decision.message}")[:1024],
         "source": {"component": FIELD_MANAGER},
         "reportingComponent": FIELD_MANAGER,
         "reportingInstance": FIELD_MANAGER,
@@ -1607,6 +1637,16 @@ RECORD_BYTES = 4095
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 
 
+SECRETS = re.compile(
+    r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
+)
+
+
+def scrub(text: str) -> str:
+    """Without tokens and keys, which errors of libraries and answers of proxies may quote."""
+    return SECRETS.sub("[removed]", text)
+
+
 class LineFormatter(logging.Formatter):
     """One line an entry: for people, or as a JSON object in the terms of Cloud Logging."""
 
@@ -1616,7 +1656,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = write_time(datetime.fromtimestamp(record.created, UTC))
-        message = f"AutoScaler {record.getMessage()}"
+        message = scrub(f"AutoScaler {record.getMessage()}")
         if not self._as_json:
             return f"{when} {record.levelname} {message}"
         extra: Mapping[str, Any] = getattr(record, "record", {})
@@ -1631,6 +1671,8 @@ def set_up_logging(environ: Mapping[str, str]) -> None:
     handler.setFormatter(LineFormatter(environ.get("LOG_FORMAT", "").strip().lower() == "json"))
     LOG.handlers[:] = [handler]
     LOG.propagate = False
+    # Else Python prints what libraries log: a login helper's output, for one.
+    logging.getLogger().addHandler(logging.NullHandler())
     level = environ.get("LOG_LEVEL", "").strip().upper()
     LOG.setLevel(level if level in ("DEBUG", "WARNING", "ERROR") else "INFO")
 
@@ -1673,7 +1715,7 @@ class Reporter:
             "replicas": outcome.replicas,
             "action": outcome.action,
             "reason": outcome.reason,
-            "message": outcome.message,
+            "message": scrub(outcome.message),
             "dryRun": self.dry_run,
             "durationSeconds": round(time.monotonic() - self.progress.started, 3),
         }
@@ -1754,7 +1796,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], da
     def now() -> datetime:
         """The beginning of the run plus whole seconds since: most runs have one time only, and
         do not miss the end of a cooldown by how long an import takes."""
-        return begun + timedelta(seconds=int(time.monotonic() - progress.started))
+        return begun + timedelta(seconds=max(0, int((clock() - begun).total_seconds())))
 
     reporter = Reporter(environ, now, progress, dry_run)
     unknown = [argument for argument in argv if argument != "--dry-run"]
@@ -1783,9 +1825,9 @@ def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporte
     threading.Thread(target=watch, args=(reporter, settings), daemon=True).start()
     # The clients give up a little before the watchdog would, as they can say more; the queue
     # before the cluster, which is still needed for the fallback.
-    seconds = settings.timeout_seconds
-    budget = Budget(progress.started + seconds - min(1.0, seconds / 10))
-    queue_budget = Budget(progress.started + seconds * 0.7)
+    total = settings.timeout_seconds
+    budget = Budget(progress.started + total - min(1.0, total / 10), min(10.0, total / 3))
+    queue_budget = replace(budget, deadline=progress.started + total * 0.7)
     world = World(
         settings,
         open_cluster(settings, environ, budget, progress),
