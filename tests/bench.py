@@ -1,0 +1,462 @@
+"""What a run costs: `python -m tests.bench` (or `make bench`) measures it and prints a table.
+
+Every figure is of whole processes, as a CronJob starts them: processor time (user and system),
+wall time and peak memory, as the kernel gives them when the process ends. Each round runs the
+scaler and what it is held against in turn, so that a busy machine is unfair to none; the first
+round, which compiles and fills caches, is not counted. All of them see the packages of
+requirements.txt and no others, as in the image; the servers have a process of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# This process has to stay small, as the kernel counts the memory of a process that starts another
+# as the other's own. What is large is imported where it is used, by the servers' process.
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from tests.fakes.firestore import FakeFirestore
+    from tests.fakes.kubernetes import FakeKubernetes
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGES = ("kubernetes", "google-cloud-firestore", "grpcio", "tenacity")
+FEW, MANY = 10, 20_000
+PODS = 3  # the most by default, so that no number of waiting jobs changes anything
+
+# As the image runs it: by the module's name, which finds its byte-code.
+SCALER = ("-m", "scaler")
+
+# The same calls in the straightforward way: the typed clients, the defaults of each.
+REFERENCE = """
+import os
+
+from google.cloud import firestore
+from google.cloud.firestore import FieldFilter
+from kubernetes import client, config
+
+config.load_kube_config()
+apps, core = client.AppsV1Api(), client.CoreV1Api()
+deployment = apps.read_namespaced_deployment(os.environ["DEPLOYMENT"], "default")
+labels = deployment.spec.selector.match_labels
+selector = ",".join(f"{key}={value}" for key, value in labels.items())
+pods = core.list_namespaced_pod("default", label_selector=selector).items
+
+jobs = firestore.Client(os.environ["FIRESTORE_PROJECT"]).collection("jobs")
+waiting = jobs.where(filter=FieldFilter("status", "==", "waiting"))
+busy = jobs.where(filter=FieldFilter("status", "==", "processing")).where(
+    filter=FieldFilter("assignedPodId", "in", [pod.metadata.name for pod in pods])
+)
+counts = [query.limit(1000).count().get()[0][0].value for query in (waiting, busy)]
+print("AtTarget" if deployment.spec.replicas == min(3, sum(counts)) else "not at the target")
+"""
+
+# The clients' entry points, and not a single call.
+IMPORTS = """
+from google.cloud import firestore
+from kubernetes import config
+from kubernetes.client import ApiClient
+
+print("AtTarget")
+"""
+
+
+# ------------------------------------------------------------------------------------ the servers
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the fakes saw of one run."""
+
+    api_calls: int
+    queries: int
+    reads_billed: int
+
+
+@dataclass(frozen=True)
+class Queues:
+    """The environments of a busy-aware run on a queue of 10 and of 20,000 waiting jobs."""
+
+    kind: str
+    few: dict[str, str]
+    many: dict[str, str]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The servers' process as the measuring one sees it. `real` are queues in the official
+    emulator or, where there is none, the fakes again."""
+
+    pipe: Connection
+    fake: Queues
+    real: Queues
+
+    def seen(self) -> Seen:
+        """What has come in at the fakes since this was last asked."""
+        self.pipe.send("seen")
+        answer: Seen = self.pipe.recv()
+        return answer
+
+
+@contextmanager
+def servers() -> Iterator[Servers]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Servers(ours, *ours.recv())
+    finally:
+        ours.close()
+        process.join()
+
+
+def serve(pipe: Connection) -> None:
+    """A cluster whose Deployment is as it should be, and the queues, until the pipe is closed."""
+    from tests.fakes.emulator import emulator_or_reason
+    from tests.fakes.firestore import FakeFirestore
+    from tests.fakes.kubernetes import FakeKubernetes
+    from tests.world import BUSY, World
+
+    with ExitStack() as stack:
+        cluster = stack.enter_context(FakeKubernetes(tls=True, seed=1))
+        cluster.add_deployment("worker", replicas=PODS)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        environ = World(cluster, "", directory=directory).environment(BUSY_FILTER=BUSY)
+        fakes = [stack.enter_context(FakeFirestore(f"bench-{jobs}")) for jobs in (FEW, MANY)]
+        for jobs, fake in zip((FEW, MANY), fakes, strict=True):
+            fake.fill(jobs)
+            for pod in cluster.pods("worker"):
+                fake.fill(1, "processing", assignedPodId=pod["metadata"]["name"])
+        few, many = ({**environ, **at(fake.host, fake.project)} for fake in fakes)
+        fake_queues = Queues("the fake", few, many)
+        emulator = emulator_or_reason()
+        if isinstance(emulator, str):
+            real_queues = replace(fake_queues, note=f"The queue is the fake: {emulator}.")
+        else:
+            for jobs in (FEW, MANY):
+                stack.callback(emulator.clear, f"bench-{jobs}")
+                emulator.clear(f"bench-{jobs}")
+            real_queues = in_emulator(emulator.host, environ)
+        pipe.send((fake_queues, real_queues))
+        answer_questions(pipe, cluster, fakes)
+
+
+def in_emulator(host: str, environ: Mapping[str, str]) -> Queues:
+    os.environ["FIRESTORE_EMULATOR_HOST"] = host
+    few, many = (fill_emulator(f"bench-{jobs}", jobs) for jobs in (FEW, MANY))
+    return Queues(
+        "the emulator",
+        {**environ, **at(host, f"bench-{FEW}")},
+        {**environ, **at(host, f"bench-{MANY}")},
+        f"The emulator looks at every document, whatever is asked: the first document of the "
+        f"queue alone, with limit(1), takes it {few:.3f} s of {FEW} and {many:.3f} s of {MANY:,}. "
+        f"Firestore itself reads as many index entries as the limit says.",
+    )
+
+
+def at(host: str, project: str) -> dict[str, str]:
+    return {"FIRESTORE_EMULATOR_HOST": host, "FIRESTORE_PROJECT": project}
+
+
+def fill_emulator(project: str, jobs: int) -> float:
+    """Add waiting jobs. The seconds that the least of all queries takes then."""
+    from google.cloud import firestore
+
+    client = firestore.Client(project)
+    for start in range(0, jobs, 500):
+        batch = client.batch()
+        for number in range(start, min(start + 500, jobs)):
+            batch.set(client.document(f"jobs/{number:06}"), {"status": "waiting"})
+        batch.commit()
+    seconds = []
+    for _ in range(11):
+        started = time.perf_counter()
+        client.collection("jobs").limit(1).get()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def answer_questions(
+    pipe: Connection, cluster: FakeKubernetes, fakes: Sequence[FakeFirestore]
+) -> None:
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        calls = [call for fake in fakes for call in fake.calls]
+        billed = sum(call.reads_billed for call in calls)
+        pipe.send(Seen(len(cluster.requests), len(calls), billed))
+        cluster.requests.clear()
+        for fake in fakes:
+            fake.calls.clear()
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+def lean_python(directory: Path) -> str:
+    """A Python in a virtual environment that has the packages of requirements.txt only: more
+    would cost something, as clients look for optional ones (kubernetes-validate, for instance)."""
+    venv.create(directory, symlinks=True)
+    (packages,) = directory.glob("lib/python*/site-packages")
+    pinned = re.findall(
+        r"^([\w.-]+)==", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE
+    )
+    for name in pinned:
+        with suppress(importlib.metadata.PackageNotFoundError):  # not for this platform
+            found = importlib.metadata.distribution(name)
+            tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
+            for top in tops:
+                with suppress(FileExistsError):  # such as "google", which several share
+                    (packages / top).symlink_to(Path(str(found.locate_file(top))))
+    return str(directory / "bin/python")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process, from its start to its end."""
+
+    cpu_seconds: float
+    wall_seconds: float
+    memory_mebibytes: float
+
+
+Runs = dict[str, list[Cost]]
+
+
+def run(command: Sequence[str], environ: Mapping[str, str]) -> Cost:
+    """One process, which has to find the Deployment as it should be."""
+    with tempfile.TemporaryFile("w+") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        said = output.read()
+    if process.returncode or "AtTarget" not in said:
+        raise RuntimeError(f"{' '.join(command)[:60]} ended with {process.returncode}: {said}")
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / unit)
+
+
+def in_turn(commands: Mapping[str, Callable[[], Cost]], rounds: int) -> Runs:
+    for command in commands.values():
+        command()
+    runs: Runs = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            runs[name].append(command())
+    return runs
+
+
+def costs(python: str, servers: Servers, rounds: int) -> Runs:
+    return in_turn(
+        {
+            "scaler": lambda: run((python, *SCALER), servers.fake.few),
+            "reference": lambda: run((python, "-c", REFERENCE), servers.fake.few),
+            "imports": lambda: run((python, "-c", IMPORTS), servers.fake.few),
+        },
+        rounds,
+    )
+
+
+def lengths(python: str, servers: Servers, rounds: int) -> Runs:
+    """Runs on a short and on a long queue, not busy-aware."""
+    command, queues = (python, *SCALER), servers.real
+    few, many = without_busy_filter(queues.few), without_busy_filter(queues.many)
+    return in_turn({"few": lambda: run(command, few), "many": lambda: run(command, many)}, rounds)
+
+
+def without_busy_filter(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name != "BUSY_FILTER"}
+
+
+def calls(python: str, servers: Servers) -> dict[str, Seen]:
+    found = {}
+    for name, busy_aware in (("few", servers.fake.few), ("many", servers.fake.many)):
+        plain = without_busy_filter(busy_aware)
+        for aware, environ in (("", plain), (", busy-aware", busy_aware)):
+            servers.seen()
+            run((python, *SCALER), environ)
+            found[name + aware] = servers.seen()
+    return found
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `holds` is None where nothing was measured."""
+
+    what: str
+    measured: str
+    against: str
+    value: str
+    goal: str
+    holds: bool | None
+
+    def cells(self) -> list[str]:
+        verdict = {None: "not measured", True: "holds", False: "MISSED"}[self.holds]
+        return [self.what, self.measured, self.against, self.value, self.goal, verdict]
+
+
+HEADINGS = ["a run that changes nothing", "scaler", "against", "ratio", "goal", ""]
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    digits = 0 if unit == "MiB" else 3
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratio(
+    what: str, mine: Sequence[float], name: str, other: Sequence[float], unit: str, goal: float
+) -> Row:
+    value = statistics.median(mine) / statistics.median(other)
+    against = f"{name}: {spread(other, unit)}"
+    return Row(what, spread(mine, unit), against, f"{value:.2f}", f"≤ {goal:.2f}", value <= goal)
+
+
+def cost_rows(found: Runs) -> Iterator[Row]:
+    mine, reference, imports = found["scaler"], found["reference"], found["imports"]
+    typed = "typed clients"
+
+    def cpu(runs: Sequence[Cost]) -> list[float]:
+        return [cost.cpu_seconds for cost in runs]
+
+    def wall(runs: Sequence[Cost]) -> list[float]:
+        return [cost.wall_seconds for cost in runs]
+
+    def memory(runs: Sequence[Cost]) -> list[float]:
+        return [cost.memory_mebibytes for cost in runs]
+
+    yield ratio("processor time", cpu(mine), typed, cpu(reference), "s", 0.45)
+    yield ratio("wall time", wall(mine), typed, wall(reference), "s", 0.48)
+    yield ratio("peak memory", memory(mine), typed, memory(reference), "MiB", 0.78)
+    yield ratio("processor time", cpu(mine), "imports alone", cpu(imports), "s", 1.10)
+
+
+def length_row(found: Runs, kind: str) -> Row:
+    few, many = ([cost.wall_seconds for cost in found[name]] for name in ("few", "many"))
+    return ratio(f"wall time, {MANY:,} waiting in {kind}", many, f"{FEW} waiting", few, "s", 1.20)
+
+
+def call_rows(found: Mapping[str, Seen]) -> Iterator[Row]:
+    reads = {name: f"{seen.reads_billed} for {seen.queries}" for name, seen in found.items()}
+    billed_once = all(seen.reads_billed == seen.queries > 0 for seen in found.values())
+    yield Row(
+        "Firestore reads billed, for so many queries",
+        f"{reads['few']}; busy-aware {reads['few, busy-aware']}",
+        f"{MANY:,} waiting: {reads['many']}; busy-aware {reads['many, busy-aware']}",
+        "",
+        "1 a query",
+        billed_once,
+    )
+    plain, busy_aware = found["few"].api_calls, found["few, busy-aware"].api_calls
+    yield Row(
+        "calls to the API server",
+        f"{plain}; busy-aware {busy_aware}",
+        "",
+        "",
+        "1; 2",
+        (plain, busy_aware) == (1, 2),
+    )
+
+
+def image_row() -> Row:
+    """The image's size, where one can be built."""
+    from tests import test_image
+
+    what, goal = "what the build adds to the base image", f"≤ {test_image.RATIO:.2f}"
+    try:
+        with test_image.builder() as build:
+            test_image.build_image(build)
+            test_image.build_plain(build)
+            sizes = test_image.measure(build)
+    except test_image.NoBuilder as why:
+        return Row(what, "", str(why), "", goal, None)
+    mine, other = f"{sizes.image / 1e6:.1f} MB", f"plain pip install: {sizes.plain / 1e6:.1f} MB"
+    return Row(what, mine, other, f"{sizes.ratio:.2f}", goal, sizes.ratio <= test_image.RATIO)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown, aligned to be read as it is."""
+    cells = [HEADINGS, *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
+    lines = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in cells
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    )
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    load = f"load {os.getloadavg()[0]:.1f} before the first run"
+    return f"{os.cpu_count()} cores, {model}, {platform.system()} {platform.release()}, {load}"
+
+
+def versions() -> str:
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    return ", ".join([f"Python {platform.python_version()}", *packages])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="What a run costs.")
+    parser.add_argument("--rounds", type=int, default=15, help="counted runs of each (default 15)")
+    parser.add_argument(
+        "--no-image", action="store_true", help="build no image, which takes longest"
+    )
+    options = parser.parse_args()
+    print(f"{machine()}\n{versions()}\nmedians of {options.rounds} rounds (lowest to highest)\n")
+    with servers() as running, tempfile.TemporaryDirectory() as directory:
+        python = lean_python(Path(directory))
+        rows = [*cost_rows(costs(python, running, options.rounds))]
+        rows.append(length_row(lengths(python, running, options.rounds), running.real.kind))
+        rows += call_rows(calls(python, running))
+    if not options.no_image:
+        rows.append(image_row())
+    print(f"{table(rows)}\n\n{running.real.note}")
+    held = sum(row.holds is True for row in rows)
+    print(f"{held} of {len(rows)} goals hold")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

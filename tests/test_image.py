@@ -1,0 +1,513 @@
+"""The Dockerfile, built and run as far as this machine allows: with buildah, which needs no daemon.
+
+Where the base image cannot be pulled, a stand-in takes its place: a Python of the same version
+that this machine has, at the same paths, with a shell and the few tools that the Dockerfile uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from tests.fakes.firestore import FakeFirestore
+from tests.fakes.kubernetes import FakeKubernetes
+from tests.world import BUSY, REPOSITORY
+
+IMAGE = "localhost/queue-scaler"
+PLAIN = "localhost/plain"
+RATIO = 0.65
+
+# What a stand-in for the base has besides Python: the commands of the Dockerfile, and the
+# libraries that wheels may expect everywhere.
+TOOLS = ("sh", "rm", "find")
+LIBRARIES = ("libstdc++.so.6", "libgcc_s.so.1", "libdl.so.2", "librt.so.1", "libpthread.so.0")
+LEFT_OUT = ("__pycache__", "site-packages", "test", "tests", "idle_test", "config-*")
+
+
+class NoBuilder(Exception):
+    """Nothing can be built on this machine; the message says why."""
+
+
+# -------------------------------------------------------------------------------- the builder
+
+
+@dataclass(frozen=True)
+class Builder:
+    """buildah, with a storage of its own, so that no stand-in is left under a known name."""
+
+    storage: Path
+
+    def __call__(self, *arguments: str) -> str:
+        done = self.attempt(*arguments)
+        if done.returncode:
+            raise RuntimeError(f"buildah {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def attempt(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        store = ["--root", str(self.storage / "root"), "--runroot", str(self.storage / "run")]
+        return subprocess.run(
+            ["buildah", *store, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={"BUILDAH_ISOLATION": "chroot", **os.environ},
+        )
+
+    def files(self, container: str) -> dict[str, os.stat_result]:
+        """Every file of a container, links not followed."""
+        root = self("mount", container)
+        found = {}
+        for directory, _, names in os.walk(root):
+            for name in names:
+                path = os.path.join(directory, name)
+                found[path.removeprefix(root)] = os.lstat(path)
+        return found
+
+
+@contextmanager
+def builder() -> Iterator[Builder]:
+    """A builder that has the base image, or the stand-in for it. Raises NoBuilder."""
+    if not shutil.which("buildah"):
+        raise NoBuilder("buildah is not on the PATH (Debian has a package of that name)")
+    storage = Path(tempfile.mkdtemp(prefix="image-"))
+    build = Builder(storage)
+    try:
+        probe = build.attempt("from", "scratch")
+        if probe.returncode:
+            raise NoBuilder(f"buildah cannot work here: {probe.stderr.strip()}")
+        if not pulled(build):
+            make_stand_in(build, storage / "stand-in")
+        yield build
+    finally:
+        build.attempt("rm", "--all")
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def pulled(build: Builder) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        return build.attempt("pull", "--quiet", base_image(), timeout=120).returncode == 0
+    return False
+
+
+def base_image() -> str:
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    return str(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)[-1])
+
+
+def make_stand_in(build: Builder, root: Path) -> None:
+    version = re.findall(r"python:(3\.\d+)", base_image())[0]
+    copy_python(find_prefix(version), version, root / "usr/local")
+    binaries = [path for path in (root / "usr/local").rglob("*") if is_elf(path)]
+    for name in TOOLS:
+        found = Path(shutil.which(name) or name).resolve()
+        copy_to(found, root / "bin" / name)
+        binaries.append(found)
+    for library in {library for path in binaries for library in libraries_of(path)} | common():
+        copy_to(library, root / library.relative_to("/"))
+    (root / "tmp").mkdir()
+    (root / "tmp").chmod(0o1777)
+    (root / "etc").mkdir()
+    (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    (root / "etc/ld.so.conf").write_text("/usr/local/lib\n")
+    subprocess.run(["/sbin/ldconfig", "-r", str(root)], check=True)
+    container = build("from", "scratch")
+    build("copy", "--quiet", container, str(root), "/")
+    build("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container)
+    # With pip and without byte-code, as the official images come.
+    without = "find /usr/local -name __pycache__ -prune -exec rm -r {} +"
+    build("run", container, "--", "sh", "-c", f"python -m ensurepip --default-pip && {without}")
+    build("commit", "--quiet", "--rm", container, f"docker.io/library/{base_image()}")
+
+
+def find_prefix(version: str) -> Path:
+    """Where this machine keeps a Python of that version, built to stand by itself."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    commands = [sys.executable, f"python{version}"]
+    commands += map(str, sorted(pyenv.glob(f"{version}.*/bin/python{version}"), reverse=True))
+    question = "import sys; print('%d.%d' % sys.version_info[:2], sys.base_prefix)"
+    for command in commands:
+        with suppress(OSError, subprocess.CalledProcessError):
+            asked = [command, "-c", question]
+            answer = subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL)
+            found, prefix = answer.strip().split(" ", 1)
+            if found == version and prefix != "/usr":  # Debian's own lies differently
+                return Path(prefix)
+    raise NoBuilder(f"{base_image()} cannot be pulled, and there is no Python {version} here")
+
+
+def copy_python(prefix: Path, version: str, to: Path) -> None:
+    library = f"lib/python{version}"
+    skip = shutil.ignore_patterns(*LEFT_OUT)
+    shutil.copytree(prefix / library, to / library, symlinks=True, ignore=skip)
+    (to / library / "site-packages").mkdir()
+    for shared in (prefix / "lib").glob(f"libpython{version}.so*"):
+        copy_to(shared, to / "lib" / shared.name)
+    copy_to(prefix / f"bin/python{version}", to / f"bin/python{version}")
+    for name in ("python", "python3"):
+        (to / "bin" / name).symlink_to(f"python{version}")
+
+
+def copy_to(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(path, to)
+
+
+def is_elf(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def libraries_of(binary: Path) -> set[Path]:
+    """The shared libraries of a binary but for Python's own, where the loader looks for them."""
+    listing = subprocess.run(["ldd", str(binary)], capture_output=True, text=True).stdout
+    found = re.findall(r"(?:=> |^\s*)(/\S+) \(0x", listing, re.MULTILINE)
+    return {Path(path) for path in found if "libpython" not in path}
+
+
+def common() -> set[Path]:
+    listing = subprocess.check_output(["/sbin/ldconfig", "-p"], text=True)
+    known = dict(reversed(re.findall(r"^\s*(\S+) \(.*\) => (\S+)", listing, re.MULTILINE)))
+    return {Path(known[name]) for name in LIBRARIES if name in known}
+
+
+# ------------------------------------------------------------------------- images and their sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the files that a build adds to the base image or changes in it."""
+
+    image: int
+    plain: int
+
+    @property
+    def ratio(self) -> float:
+        return self.image / self.plain
+
+    def __str__(self) -> str:
+        image, plain = self.image / 1e6, self.plain / 1e6
+        return f"{image:.1f} MB instead of {plain:.1f} MB of a plain pip install: {self.ratio:.2f}"
+
+
+def way_out(storage: Path) -> list[str]:
+    """Options that let pip inside a build reach its index as it does outside, behind a proxy
+    with a certificate of its own, for instance. Nothing of it is left in the image."""
+    settings = {
+        name: os.environ[f"PIP_{name.upper()}"]
+        for name in ("index_url", "proxy", "default_timeout", "trusted_host")
+        if f"PIP_{name.upper()}" in os.environ
+    }
+    options = []
+    certificates = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    if certificates and Path(certificates).is_file():
+        settings["cert"] = "/etc/pip-certificates.pem"
+        options += ["--volume", f"{Path(certificates).resolve()}:{settings['cert']}:ro"]
+    lines = [f"{name.replace('_', '-')} = {value}" for name, value in settings.items()]
+    (storage / "pip.conf").write_text("\n".join(["[global]", *lines, ""]))
+    return [*options, "--volume", f"{storage / 'pip.conf'}:/etc/pip.conf:ro"]
+
+
+def build_image(build: Builder) -> None:
+    context, options = str(REPOSITORY), way_out(build.storage)
+    build("build", "--quiet", "--pull=never", "--tag", IMAGE, *options, context)
+
+
+def build_plain(build: Builder) -> None:
+    """The same requirements in the same base, the way most images have them."""
+    options = way_out(build.storage)
+    container = build("from", "--pull=never", base_image())
+    build("copy", "--quiet", container, str(REPOSITORY / "requirements.txt"), "/tmp/")
+    install = ["pip", "install", "--no-cache-dir", "-r", "/tmp/requirements.txt"]
+    build("run", *options, container, "--", *install)
+    build("commit", "--quiet", "--rm", container, PLAIN)
+
+
+def added_bytes(build: Builder, image: str) -> int:
+    """What an image's own layers hold: what it removes of the base does not make it smaller."""
+    base, own = (build.files(build("from", "--pull=never", name)) for name in (base_image(), image))
+
+    def changed(path: str, now: os.stat_result) -> bool:
+        before = base.get(path)
+        return before is None or (before.st_size, before.st_mtime) != (now.st_size, now.st_mtime)
+
+    return sum(now.st_size for path, now in own.items() if changed(path, now))
+
+
+def measure(build: Builder) -> Sizes:
+    """Of images that are built already."""
+    return Sizes(added_bytes(build, IMAGE), added_bytes(build, PLAIN))
+
+
+# ------------------------------------------------------------------------------------- the tests
+
+
+@dataclass(frozen=True)
+class Image:
+    """A container of the finished image."""
+
+    build: Builder
+    container: str
+
+    def run(
+        self, *command: str, environ: Mapping[str, str] | None = None, mounts: Iterable[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """A command as the image's own user; `mounts` are `path:path in the container`."""
+        variables = [f"--env={name}={value}" for name, value in (environ or {}).items()]
+        volumes = [f"--volume={mount}:ro" for mount in mounts]
+        options = [*variables, *volumes, "--user", str(self.config("User")), self.container]
+        return self.build.attempt("run", *options, "--", *command, timeout=120)
+
+    def scaler(
+        self, *arguments: str, environ: Mapping[str, str] | None = None, mounts: Iterable[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        entrypoint: list[str] = self.config("Entrypoint")
+        return self.run(*entrypoint, *arguments, environ=environ, mounts=mounts)
+
+    def config(self, name: str) -> Any:
+        return json.loads(self.build("inspect", self.container))["OCIv1"]["config"][name]
+
+
+@pytest.fixture(scope="module")
+def build() -> Iterator[Builder]:
+    try:
+        with builder() as build:
+            build_image(build)
+            yield build
+    except NoBuilder as why:
+        pytest.skip(f"no image can be built here: {why}")
+
+
+@pytest.fixture(scope="module")
+def image(build: Builder) -> Image:
+    return Image(build, build("from", "--pull=never", IMAGE))
+
+
+@pytest.fixture
+def settings(cluster: FakeKubernetes, queue: FakeFirestore) -> dict[str, str]:
+    """The environment of a busy-aware run that sees two jobs waiting and one pod."""
+    queue.fill(2)
+    return {
+        "DEPLOYMENT": "worker",
+        "QUEUE_COLLECTION": "jobs",
+        "BUSY_FILTER": BUSY,
+        "FIRESTORE_EMULATOR_HOST": queue.host,
+        "FIRESTORE_PROJECT": queue.project,
+    }
+
+
+@pytest.fixture
+def kubeconfig(cluster: FakeKubernetes, tmp_path: Path) -> Path:
+    path = cluster.write_kubeconfig(tmp_path / "kubeconfig")
+    path.chmod(0o644)
+    return path
+
+
+def test_the_linter_of_dockerfiles_has_nothing_to_say() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not hadolint:
+        pytest.skip("hadolint is not installed (see requirements-dev.txt)")
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_build_sees_only_what_it_copies() -> None:
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE)
+    wanted = {name for names in copied for name in names.split()}
+    lines = (REPOSITORY / ".dockerignore").read_text().split("\n")
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert set(rules[1:]) == {f"!{name}" for name in wanted}
+
+
+def test_both_stages_start_from_the_same_base() -> None:
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {base_image()}
+
+
+def test_the_image_runs_as_a_user_that_is_not_root_by_number(image: Image) -> None:
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", image.config("User"))
+
+
+def test_the_image_tells_its_version_and_its_settings(image: Image) -> None:
+    version, usage = image.scaler("--version"), image.scaler("--help")
+    assert (version.returncode, usage.returncode) == (0, 0), version.stderr + usage.stderr
+    assert version.stdout.startswith("queue-scaler ")
+    assert "QUEUE_COLLECTION" in usage.stdout
+
+
+def test_a_run_compiles_nothing_and_writes_nothing(
+    image: Image, settings: dict[str, str], kubeconfig: Path
+) -> None:
+    before = stamps(image)
+    environ = {**settings, "KUBECONFIG": "/kubeconfig", "PYTHONVERBOSE": "1"}
+    done = image.scaler("--dry-run", environ=environ, mounts=[f"{kubeconfig}:/kubeconfig"])
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "2 jobs waiting, 0 busy" in done.stdout
+    loaded = re.findall(r"^# code object from \'?([^\'\n]+)", done.stderr, re.MULTILINE)
+    assert len(loaded) > 500, "Python no longer tells what it loads"
+    assert [path for path in loaded if not path.endswith(".pyc")] == []
+    assert stamps(image) == before
+
+
+def stamps(image: Image) -> dict[str, tuple[int, float]]:
+    """What shows that a file was written, but for what the builder itself mounts."""
+    return {
+        path: (stat.st_size, stat.st_mtime)
+        for path, stat in image.build.files(image.container).items()
+        if not path.startswith(("/etc/hosts", "/etc/resolv.conf", "/run/", "/kubeconfig"))
+    }
+
+
+def test_a_run_scales_as_the_service_account_of_its_pod(
+    image: Image, queue: FakeFirestore, settings: dict[str, str], tmp_path: Path
+) -> None:
+    with FakeKubernetes(tls=True) as cluster:
+        cluster.add_deployment("worker", replicas=1)
+        inside = cluster.write_service_account(tmp_path / "account")
+        mount = f"{tmp_path / 'account'}:/var/run/secrets/kubernetes.io/serviceaccount"
+        done = image.scaler(environ={**settings, **inside}, mounts=[mount])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert cluster.replicas("worker") == 2, done.stdout
+
+
+def test_a_run_asks_the_plugin_that_a_kubeconfig_names(
+    image: Image,
+    cluster: FakeKubernetes,
+    settings: dict[str, str],
+    kubeconfig: Path,
+    tmp_path: Path,
+) -> None:
+    config = yaml.safe_load(kubeconfig.read_text())
+    version = "client.authentication.k8s.io/v1"
+    status = {"token": cluster.admin_token}
+    credential = {"apiVersion": version, "kind": "ExecCredential", "status": status}
+    plugin = {"command": "sh", "args": ["-c", f"echo '{json.dumps(credential)}'"]}
+    config["users"][0]["user"] = {
+        "exec": {"apiVersion": version, "interactiveMode": "Never", **plugin}
+    }
+    kubeconfig.write_text(yaml.safe_dump(config))
+    environ = {**settings, "KUBECONFIG": "/kubeconfig"}
+    done = image.scaler(environ=environ, mounts=[f"{kubeconfig}:/kubeconfig"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cluster.replicas("worker") == 2, done.stdout
+
+
+def test_the_key_of_a_google_service_account_can_be_used(image: Image, tmp_path: Path) -> None:
+    """No Google here, so the token is asked for by hand: the signature and the request are what
+    a run's first call to Firestore does."""
+    with token_endpoint() as url:
+        key = tmp_path / "key.json"
+        key.write_text(json.dumps(made_up_key(url)))
+        script = (
+            "import google.auth, google.auth.transport.requests as transport;"
+            "from google.cloud.firestore import Client;"
+            "credentials, project = google.auth.default(scopes=['any']);"
+            "credentials.refresh(transport.Request());"
+            "print(credentials.token, Client(project, credentials).project)"
+        )
+        environ = {"GOOGLE_APPLICATION_CREDENTIALS": "/key.json"}
+        done = image.run("python", "-c", script, environ=environ, mounts=[f"{key}:/key.json"])
+    assert done.stdout.strip() == "a-token a-project", done.stderr
+
+
+def test_the_other_kinds_of_google_credentials_can_be_loaded(image: Image) -> None:
+    kinds = (
+        "google.auth.aws",
+        "google.auth.compute_engine",
+        "google.auth.external_account_authorized_user",
+        "google.auth.identity_pool",
+        "google.auth.impersonated_credentials",
+        "google.auth.pluggable",
+        "google.auth.transport.grpc",
+        "google.oauth2.credentials",
+        "google.oauth2.gdch_credentials",
+    )
+    done = image.run("python", "-c", f"import {', '.join(kinds)}")
+    assert done.returncode == 0, done.stderr
+
+
+def made_up_key(token_uri: str) -> dict[str, str]:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return {
+        "type": "service_account",
+        "project_id": "a-project",
+        "private_key_id": "1",
+        "private_key": pem.decode(),
+        "client_email": "scaler@a-project.iam.gserviceaccount.com",
+        "client_id": "1",
+        "token_uri": token_uri,
+    }
+
+
+@contextmanager
+def token_endpoint() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            known = b"assertion=" in sent
+            body = json.dumps({"access_token": "a-token", "expires_in": 3600}).encode()
+            self.send_response(200 if known else 400)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/token"
+        server.shutdown()
+
+
+def test_nothing_in_the_image_could_install_more(image: Image) -> None:
+    installers = re.compile(r"/(pip|setuptools|ensurepip|wheel)([-.\d]*|-[^/]*\.dist-info)(/|$)")
+    found = [path for path in image.build.files(image.container) if installers.search(path)]
+    assert found == []
+
+
+def test_the_image_has_byte_code_for_each_of_its_modules(image: Image) -> None:
+    files = image.build.files(image.container)
+    modules = [
+        path
+        for path in files
+        if re.match(r"(/app|/usr/local/lib/[^/]+/site-packages)/.*\.py$", path)
+    ]
+    assert len(modules) > 500
+    missing = [path for path in modules if not compiled(path) & files.keys()]
+    assert missing == []
+
+
+def compiled(path: str) -> set[str]:
+    """Where the byte-code of a module lies."""
+    directory, name = os.path.split(path.removesuffix(".py"))
+    version = "".join(re.findall(r"python:(\d)\.(\d+)", base_image())[0])
+    return {f"{directory}/__pycache__/{name}.cpython-{version}.pyc"}
+
+
+def test_the_image_adds_much_less_than_a_plain_install_would(build: Builder) -> None:
+    build_plain(build)
+    sizes = measure(build)
+    print(f"\nthe image adds {sizes}")
+    assert sizes.ratio <= RATIO, str(sizes)
