@@ -854,6 +854,9 @@ class Budget:
     def for_call(self) -> float:
         return min(self.call_seconds, self.left())
 
+    def share(self, part: float) -> Budget:
+        return replace(self, deadline=time.monotonic() + part * self.left())
+
 
 def retrying(budget: Budget, again: Callable[[BaseException], bool]) -> Retrying:
     """Tries again with growing, jittered pauses, or the server's Retry-After where that is
@@ -1004,7 +1007,8 @@ class JobQueue:
             LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
             return answer
 
-        return retrying(self._budget, is_transient)(once)
+        # The rest is for the cluster, which has to be told of a fallback.
+        return retrying(self._budget.share(0.7), is_transient)(once)
 
 
 def api_field_path(name: str) -> str:
@@ -1082,10 +1086,17 @@ def parse_deployment(answer: Mapping[str, Any]) -> Deployment:
         uid=metadata.get("uid", ""),
         resource_version=metadata["resourceVersion"],
         replicas=1 if replicas is None else int(replicas),
-        annotations=metadata.get("annotations") or {},
+        annotations=strings(metadata.get("annotations") or {}),
         selector=selector_string(spec.get("selector") or {}),
         rival=rival(metadata.get("managedFields") or []),
     )
+
+
+def strings(values: Mapping[str, str]) -> dict[str, str]:
+    """The values, if they are what the API allows; else TypeError."""
+    if not all(isinstance(value, str) for value in values.values()):
+        raise TypeError("annotations that are not strings")
+    return dict(values)
 
 
 def selector_string(selector: Mapping[str, Any]) -> str:
@@ -1472,7 +1483,8 @@ def run(world: World) -> Outcome:
     Raises Failure.
     """
     unsettled: list[Sent] = []
-    budget = world.cluster.budget
+    # An attempt that begins later would blame the queue for the time that it lacks.
+    budget = world.cluster.budget.share(0.8)
     return retrying(budget, is_interference)(lambda: attempt(world, unsettled))
 
 
@@ -1535,14 +1547,15 @@ def protect_busy(world: World, live: Sequence[Pod], seen: Observed) -> tuple[Obs
     live = mark_pods(world.cluster, live, busy)
     # A pod that finished since it was marked keeps its mark, and so its place, until the next run.
     busy, now_seen, decision = look(live)
-    claimed = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
+    mend = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
     marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
-    if marked + len(claimed) > len(live):
+    if marked + len(mend) > len(live):
         # More than one mark a pod: too much is going on. The next run has fewer to make.
-        now_seen = replace(seen, keep=INT32_MAX)
-        return now_seen, decide(world.settings, now_seen)
+        now_seen = replace(now_seen, keep=INT32_MAX)
+        decision = decide(world.settings, now_seen)
     if decision.replicas < seen.replicas:
-        mark_pods(world.cluster, claimed, busy)
+        # A person's order is carried out whatever it costs, so that each mark has to be right.
+        mark_pods(world.cluster, live if decision.reason == "Paused" else mend, busy)
     return now_seen, decision
 
 
@@ -1725,7 +1738,7 @@ class Reporter:
         value = self.environ.get(variable)
         if value is None:
             return None
-        return " ".join(value[:253].encode(errors="replace").decode().split())
+        return scrub(" ".join(value[:253].encode(errors="replace").decode().split()))
 
     def write_termination_log(self, record: dict[str, Any]) -> None:
         path = Path(self.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
@@ -1823,15 +1836,13 @@ def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporte
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     signal.setitimer(signal.ITIMER_REAL, settings.timeout_seconds)
     threading.Thread(target=watch, args=(reporter, settings), daemon=True).start()
-    # The clients give up a little before the watchdog would, as they can say more; the queue
-    # before the cluster, which is still needed for the fallback.
+    # The clients give up a little before the watchdog would, as they can say more.
     total = settings.timeout_seconds
     budget = Budget(progress.started + total - min(1.0, total / 10), min(10.0, total / 3))
-    queue_budget = replace(budget, deadline=progress.started + total * 0.7)
     world = World(
         settings,
         open_cluster(settings, environ, budget, progress),
-        cache(lambda: open_queue(settings, queue_budget, progress)),
+        cache(lambda: open_queue(settings, budget, progress)),
         reporter.now,
         progress,
     )

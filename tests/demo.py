@@ -1,0 +1,423 @@
+"""`make demo`: the real scaler.py, a process a "minute", between an embedded Firestore and an
+embedded Kubernetes API. Time is made to pass, not waited for.
+
+    python -m tests.demo                    the guide's four scenarios, and idle pods first
+    python -m tests.demo --picture FILE     an hour and a half of work, drawn as an SVG
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tests.fakes.firestore import FakeFirestore
+from tests.fakes.kubernetes import FakeKubernetes
+from tests.world import BUSY, PROJECT, START, Run, World
+
+NAME = "eventstorming-generator"
+NO_WAITS = {"SCALE_DOWN_STABILIZATION_SECONDS": "0", "SCALE_DOWN_COOLDOWN_SECONDS": "0"}
+
+# What each run's line shows: minute, waiting, busy, pods, reason; then the script's own sentence.
+LINE = "{:>6}  {:>7}  {:>4}  {:<10}  {:<19}  "
+MARGIN = len(LINE.format(*[""] * 5))
+
+
+# --- The world: a queue, its workers, the cluster, the script ----------------------------------
+
+
+@dataclass
+class Stage:
+    """One Deployment and one queue, a minute at a time.
+
+    A pod works on one job at a time, for as many minutes as its document says; on those that
+    name none it never begins. `killed` are the pods that were removed while they worked.
+    """
+
+    world: World
+    queue: FakeFirestore
+    clock: list[datetime]
+    killed: list[str] = field(default_factory=list)
+    jobs: int = 0
+
+    def add_jobs(self, number: int, minutes: int = 0) -> None:
+        """Jobs that wait; with `minutes`, pods take and finish them."""
+        for _ in range(number):
+            self.jobs += 1
+            self.queue.put(f"jobs/job-{self.jobs:03}", {"status": "waiting", "minutes": minutes})
+
+    def finish_all(self) -> None:
+        for name, job in self.queue.documents("jobs").items():
+            self.queue.put(f"jobs/{name}", {**job, "status": "done"})
+
+    def with_status(self, status: str) -> dict[str, dict[str, Any]]:
+        found = self.queue.documents("jobs")
+        return {name: job for name, job in sorted(found.items()) if job["status"] == status}
+
+    def pods(self) -> list[str]:
+        """Names of the live pods, the oldest first."""
+        pods = [pod["metadata"] for pod in self.world.cluster.pods(NAME)]
+        return [pod["name"] for pod in sorted(pods, key=lambda pod: pod["creationTimestamp"])]
+
+    def busy_pods(self) -> set[str]:
+        return {str(job["assignedPodId"]) for job in self.with_status("processing").values()}
+
+    def work(self) -> None:
+        """A minute passes, in which the pods go on with their jobs, end them, take the next."""
+        for name, job in self.with_status("processing").items():
+            left = int(job["minutes"]) - 1
+            status = "processing" if left > 0 else "done"
+            self.queue.put(f"jobs/{name}", {**job, "minutes": left, "status": status})
+        busy = self.busy_pods()
+        idle = [pod for pod in self.pods() if pod not in busy]
+        takeable = [(n, job) for n, job in self.with_status("waiting").items() if job["minutes"]]
+        for pod, (name, job) in zip(idle, takeable, strict=False):
+            taken = {**job, "status": "processing", "assignedPodId": pod}
+            self.queue.put(f"jobs/{name}", taken)
+        self.world.pass_time(60)
+        assert self.world.now
+        self.clock[0] = self.world.now
+
+    def run(self) -> tuple[Run, list[str]]:
+        """One run of the script, and the pods that went because of it."""
+        before, busy = self.pods(), self.busy_pods()
+        run = self.world.run()
+        removed = [pod for pod in before if pod not in self.pods()]
+        self.killed += [pod for pod in removed if pod in busy]
+        return run, removed
+
+
+@contextmanager
+def stage(**settings: str) -> Iterator[Stage]:
+    """A Deployment of one pod and an empty queue, on free ports of loopback; nothing is left."""
+    clock = [START]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        FakeKubernetes(seed=1, clock=lambda: clock[0]) as cluster,
+        FakeFirestore(project=PROJECT) as queue,
+    ):
+        cluster.add_deployment(NAME, replicas=1)
+        world = World(cluster, queue.host, NAME, START, settings, Path(directory))
+        yield Stage(world, queue, clock)
+
+
+# --- What a person sees ------------------------------------------------------------------------
+
+
+@dataclass
+class Screen:
+    """The table. Colour only where a terminal shows it."""
+
+    colour: bool
+    width: int
+    runs: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
+
+    def headline(self, title: str, expected: str) -> None:
+        print()
+        print(self.paint(title, "1"))
+        for line in textwrap.wrap(f"Expected: {expected}", self.width):
+            print(self.paint(line, "2"))
+        print()
+        header = LINE.format("minute", "waiting", "busy", "pods", "reason") + "what the script says"
+        print(self.paint(header, "4"))
+
+    def row(self, minute: int, run: Run, bar: str) -> None:
+        self.runs += 1
+        record = run.record
+        waiting, busy = record.get("waiting"), record.get("busy")
+        change = (record.get("replicas") or 0) - (record.get("current") or 0)
+        start = LINE.format(
+            minute,
+            "?" if waiting is None else waiting,
+            "" if busy is None else busy,
+            f"{bar} {change:+}" if change else bar,
+            run.reason,
+        )
+        first, *more = textwrap.wrap(record.get("message") or str(run), self.width - MARGIN)
+        code = "32" if change > 0 else "33" if change < 0 else "0"
+        print(self.paint(start + first, code))
+        for line in more:
+            print(self.paint(" " * MARGIN + line, code))
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        print(self.paint(" " * MARGIN + text, "2"))
+
+    def check(self, holds: bool, claim: str) -> None:
+        mark = self.paint("    ok", "1;32") if holds else self.paint("NOT SO", "1;31")
+        print(f"{mark}  {claim}")
+        if not holds:
+            self.failures.append(claim)
+
+
+def bar(stage: Stage, works: bool) -> str:
+    """A block a pod; where pods work, one that works on nothing is hollow."""
+    busy = stage.busy_pods()
+    return "".join("■" if pod in busy or not works else "□" for pod in stage.pods())
+
+
+@dataclass
+class Show:
+    """One stage on the screen: each call of `minutes` runs the script that many times.
+
+    `works` says whether the pods of this show take the jobs, or leave them to wait.
+    """
+
+    stage: Stage
+    screen: Screen
+    works: bool
+    minute: int = 0
+    last: Run | None = None
+
+    def minutes(self, number: int) -> None:
+        for _ in range(number):
+            run, removed = self.stage.run()
+            self.screen.row(self.minute, run, bar(self.stage, self.works))
+            for pod in removed if self.works else []:
+                what = "at work" if pod in self.stage.killed else "idle"
+                self.screen.note(f"removed …{pod.removeprefix(NAME)} ({what})")
+            if run.exit_code:
+                self.screen.check(False, f"every run ends well: {run}")
+            self.stage.work()
+            self.minute += 1
+            self.last = run
+
+    def check_pods(self, number: int, when: str) -> None:
+        pods = "1 pod" if number == 1 else f"{number} pods"
+        self.screen.check(
+            self.stage.world.replicas == len(self.stage.pods()) == number, f"{pods} {when}"
+        )
+
+
+# --- The scenarios -----------------------------------------------------------------------------
+
+
+def guide(screen: Screen) -> None:
+    """The guide's four scenarios, one after the other, with the default settings."""
+    with stage() as world:
+        show = Show(world, screen, works=False)
+        screen.headline("1. No job waits", "1 pod, and nothing is written to the cluster.")
+        before = world.world.resource_version
+        show.minutes(3)
+        untouched = world.world.resource_version == before
+        screen.check(untouched, "the Deployment was not written to")
+        show.check_pods(1, "as long as no job waits")
+
+        screen.headline("2. Two jobs wait", "2 pods at the next run.")
+        world.add_jobs(2)
+        show.minutes(1)
+        show.check_pods(2, "one run later")
+
+        screen.headline(
+            "3. Five jobs wait",
+            "3 pods, the most (MAX_REPLICAS=3), as soon as the last scale-up is two minutes ago.",
+        )
+        world.add_jobs(3)
+        show.minutes(3)
+        show.check_pods(3, "two minutes after the last scale-up")
+
+        screen.headline(
+            "4. All jobs are done",
+            "1 pod about 5 minutes later; a queue that is empty for a moment costs nothing.",
+        )
+        world.finish_all()
+        done = show.minute
+        show.minutes(6)
+        waited = show.minute - 1 - done
+        show.check_pods(1, f"{waited} minutes after the first run that saw the queue empty")
+        screen.check(bool(show.last and show.last.reason == "ScaledDown"), "not a minute earlier")
+
+
+def idle_pods_first(screen: Screen) -> None:
+    """Three pods with jobs of different length: a pod goes when it is idle, whichever it is."""
+    with stage(BUSY_FILTER=BUSY, **NO_WAITS) as world:
+        show = Show(world, screen, works=True)
+        screen.headline(
+            "5. Three pods work on jobs of 2, 5 and 8 minutes (BUSY_FILTER is set)",
+            "each pod disappears once it is idle (□), never while it works (■). All waits before "
+            "a scale-down are switched off here, so that every minute is a chance to get it wrong; "
+            "left to itself, Kubernetes removes the youngest pod first, which has the longest job.",
+        )
+        for minutes in (2, 5, 8):
+            world.add_jobs(1, minutes)
+        show.minutes(10)
+        killed = len(world.killed)
+        screen.check(killed == 0, f"{killed} busy pods removed")
+        show.check_pods(1, "when all jobs are done")
+
+    with stage(**NO_WAITS) as world:
+        show = Show(world, screen, works=True)
+        screen.headline(
+            "   The same without BUSY_FILTER",
+            "0 waiting jobs, so 1 pod: the others go, and their jobs with them.",
+        )
+        for minutes in (2, 5, 8):
+            world.add_jobs(1, minutes)
+        show.minutes(2)
+        killed = len(world.killed)
+        screen.check(killed == 2, f"{killed} busy pods removed, which is what BUSY_FILTER is for")
+
+
+def demo(screen: Screen) -> int:
+    started = time.monotonic()
+    print(
+        textwrap.fill(
+            "queue-scaler between an embedded Firestore (gRPC) and an embedded Kubernetes API "
+            "(HTTP), both on free ports of this machine. Each line is one run of scaler.py, as a "
+            "process, a minute after the one before; only its clock is moved, so nobody waits.",
+            screen.width,
+        )
+    )
+    guide(screen)
+    idle_pods_first(screen)
+    seconds = time.monotonic() - started
+    print()
+    print(f"{screen.runs} runs of scaler.py in {seconds:.0f} s; nothing is left running.")
+    if screen.failures:
+        print(screen.paint("Not as the guide says:", "1;31"))
+        for claim in screen.failures:
+            print(f"  - {claim}")
+        return 1
+    print(screen.paint("Every scenario ended as the guide says.", "1;32"))
+    return 0
+
+
+# --- The picture -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one run saw and decided."""
+
+    waiting: int
+    busy: int
+    pods: int
+
+
+MOST_PODS = 10
+# Jobs that arrive, by minute, and how many minutes each takes: a trickle, a burst that fills the
+# range, a pause shorter than the scale-down window, a second wave, silence.
+ARRIVALS = {3: (2, 4), 10: (1, 3), 14: (16, 7), 18: (8, 6), 44: (6, 6), 48: (4, 8), 52: (2, 5)}
+MINUTES = 80
+
+
+def follow_an_hour() -> list[Point]:
+    points: list[Point] = []
+    with stage(BUSY_FILTER=BUSY, MAX_REPLICAS=str(MOST_PODS)) as world:
+        for minute in range(MINUTES):
+            world.add_jobs(*ARRIVALS.get(minute, (0, 1)))
+            run, _ = world.run()
+            world.work()
+            if run.exit_code:
+                raise SystemExit(f"a run failed: {run}")
+            record = run.record
+            points.append(Point(record["waiting"], record["busy"], record["replicas"]))
+        if world.killed:
+            raise SystemExit(f"busy pods removed: {world.killed}")
+    return points
+
+
+WIDTH, HEIGHT = 760, 250
+LEFT, RIGHT, TOP, BOTTOM = 34, 12, 40, 34
+# Middle tones, which stand out from a white page and from a black one.
+INK, WAITING, WORKING, PODS = "#7d8590", "#d29922", "#8b949e", "#2f81f7"
+
+
+def draw(points: Sequence[Point]) -> str:
+    """The jobs as stacked areas, the pods as a line of steps over them."""
+    most = max(point.waiting + point.busy for point in points)
+    across = (WIDTH - LEFT - RIGHT) / len(points)
+    up = (HEIGHT - TOP - BOTTOM) / (most + 1)
+
+    def x(minute: float) -> str:
+        return f"{LEFT + minute * across:.1f}"
+
+    def y(number: float) -> str:
+        return f"{HEIGHT - BOTTOM - number * up:.1f}"
+
+    def steps(value: Callable[[Point], int]) -> str:
+        moves = [f"M{x(0)} {y(value(points[0]))}"]
+        for minute, point in enumerate(points):
+            moves.append(f"V{y(value(point))}H{x(minute + 1)}")
+        return "".join(moves)
+
+    def band(lower: Callable[[Point], int], upper: Callable[[Point], int], colour: str) -> str:
+        back = [
+            f"V{y(lower(point))}H{x(minute)}" for minute, point in reversed([*enumerate(points)])
+        ]
+        return f'<path d="{steps(upper)}{"".join(back)}Z" fill="{colour}" fill-opacity=".6"/>'
+
+    def label(where: str, text: str, anchor: str = "start", colour: str = INK) -> str:
+        return f'<text {where} text-anchor="{anchor}" fill="{colour}">{text}</text>'
+
+    def key(left: int, text: str, colour: str) -> str:
+        mark = f'<rect x="{left}" y="10" width="12" height="12" rx="2" fill="{colour}"/>'
+        return mark + label(f'x="{left + 18}" y="20"', text)
+
+    grid = [
+        f'<path d="M{LEFT} {y(number)}H{WIDTH - RIGHT}" stroke="{INK}" stroke-opacity=".25"/>'
+        + label(f'x="{LEFT - 6}" y="{float(y(number)) + 4:.1f}"', str(number), "end")
+        for number in range(0, most + 1, 5)
+    ]
+    ticks = [
+        label(f'x="{x(minute)}" y="{HEIGHT - 14}"', f"{minute} min" if minute else "0", "middle")
+        for minute in range(0, len(points), 10)
+    ]
+    limit = (
+        f'<path d="M{LEFT} {y(MOST_PODS)}H{WIDTH - RIGHT}" stroke="{PODS}" '
+        'stroke-dasharray="2 4" stroke-opacity=".8"/>'
+        + label(
+            f'x="{WIDTH - RIGHT}" y="{float(y(MOST_PODS)) - 5:.1f}"',
+            f"MAX_REPLICAS={MOST_PODS}",
+            "end",
+            PODS,
+        )
+    )
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="Pods following the queue" '
+        'font-family="system-ui, sans-serif" font-size="12" fill="none">',
+        "<title>Pods following the queue, as scaler.py decided minute by minute</title>",
+        *grid,
+        *ticks,
+        band(lambda p: p.busy, lambda p: p.busy + p.waiting, WAITING),
+        band(lambda p: 0, lambda p: p.busy, WORKING),
+        limit,
+        f'<path d="{steps(lambda p: p.pods)}" stroke="{PODS}" stroke-width="2.5"/>',
+        key(LEFT, "jobs waiting", WAITING),
+        key(LEFT + 120, "jobs that a pod works on", WORKING),
+        key(LEFT + 310, "pods", PODS),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw instead of telling")
+    options = parser.parse_args(argv)
+    if options.picture:
+        options.picture.write_text(draw(follow_an_hour()))
+        print(f"{options.picture}: {MINUTES} runs of scaler.py")
+        return 0
+    on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    columns = shutil.get_terminal_size((120, 24)).columns
+    return demo(Screen(on_terminal, min(120, max(100, columns))))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1021 @@
+"""Whatever fails: the run ends in time, in one clear line, with the replicas where they belong.
+
+The matrix below lets every call of a run meet every fault. The worlds are two: one that scales
+down, which makes every call there is (three pods, one of them busy, nothing waiting: 1 pod is
+wanted), and one that scales up (one pod, five jobs waiting: 3 pods are wanted). Both servers are
+real ones on loopback, each behind a proxy that can go away, swallow, reset and drip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from grpc import StatusCode  # type: ignore[import-untyped]
+
+from tests.fakes import firestore, kubernetes
+from tests.fakes.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
+from tests.fakes.kubernetes import FakeKubernetes, Match
+from tests.fakes.proxy import ChaosProxy
+from tests.world import BUSY, PROJECT, START, Run, World
+
+SHORT_SECONDS = 5  # the budget of a run that uses it up
+LONG_SECONDS = 20  # the budget of any other run
+OUTAGE_SECONDS = 0.7
+AT_ONCE = 6  # cells played at the same time: most of a cell is waiting
+
+# ---------------------------------------------------------------------------------- the worlds
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A world about to scale from `before` to `after`, with a proxy in front of either server."""
+
+    world: World
+    queue: FakeFirestore
+    api: ChaosProxy
+    firestore: ChaosProxy
+    before: int
+    after: int
+    busy_pod: str = ""
+    healing: list[threading.Timer] = field(default_factory=list)
+
+    @property
+    def cluster(self) -> FakeKubernetes:
+        return self.world.cluster
+
+
+@contextmanager
+def servers(replicas: int, wanted: int, **settings: str) -> Iterator[Scene]:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        FakeKubernetes(seed=1) as cluster,
+        FakeFirestore(project=PROJECT) as queue,
+        ChaosProxy(cluster.url.removeprefix("http://")) as api,
+        ChaosProxy(queue.host) as front,
+    ):
+        cluster.add_deployment("worker", replicas=replicas)
+        kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
+        kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
+        settings = {"KUBECONFIG": str(kubeconfig), **settings}
+        world = World(cluster, front.host, now=START, settings=settings, directory=Path(directory))
+        scene = Scene(world, queue, api, front, replicas, wanted)
+        try:
+            yield scene
+        finally:
+            for timer in scene.healing:
+                timer.cancel()
+                timer.join()
+
+
+@contextmanager
+def scaling_down(**settings: str) -> Iterator[Scene]:
+    """Three pods, one busy, nothing waiting: the run that makes every call there is."""
+    more = {"BUSY_FILTER": BUSY, "SCALE_DOWN_STABILIZATION_SECONDS": "0", **settings}
+    with servers(3, 1, **more) as scene:
+        busy_pod = str(scene.cluster.pods("worker")[0]["metadata"]["name"])
+        job = {"status": "processing", "assignedPodId": busy_pod}
+        scene.queue.put(f"jobs/{'a-long-name' * 100}", job)  # an answer that can break in two
+        yield replace(scene, busy_pod=busy_pod)
+
+
+@contextmanager
+def scaling_up(**settings: str) -> Iterator[Scene]:
+    """One pod, five jobs waiting, at most three pods."""
+    with servers(1, 3, **settings) as scene:
+        scene.queue.fill(5)
+        yield scene
+
+
+# ---------------------------------------------------------------------------------- the calls
+
+
+@dataclass(frozen=True)
+class Call:
+    """A column of the matrix: a call of a run, and what the run says of it."""
+
+    doing: str
+    on: Match | On
+    id: str = ""
+    needs: str = ""  # what a Role has to allow for it
+    world: Callable[..., Any] = scaling_down
+    after_marking: bool = False
+    from_the_start: bool = False
+
+    def __str__(self) -> str:
+        return self.id or self.doing
+
+
+def about_pods(call: firestore.Call) -> bool:
+    return any(op == "in" for _, op, _ in call.filters)
+
+
+READ = Call("reading the Deployment", Match("get", "deployments"), needs="get on deployments")
+LIST = Call("listing the pods", Match("list", "pods"), needs="list on pods")
+MARK = Call("marking pods", Match("patch", "pods"), needs="patch on pods")
+DOWN = Call(
+    "patching the Deployment",
+    Match("patch", "deployments"),
+    "scaling down",
+    "patch on deployments",
+)
+UP = replace(DOWN, id="scaling up", world=scaling_up)
+EVENT = Call("writing the Event", Match("create", "events"), needs="create on events")
+WAITING = Call("counting waiting jobs", On("count", where=lambda call: not about_pods(call)))
+BUSY_JOBS = Call("counting busy jobs", On("count", where=about_pods))
+LOOK = Call("reading which pods are busy", On("query"))
+AGAIN = replace(LOOK, id="reading again which pods are busy", after_marking=True)
+
+# --------------------------------------------------------------------------------- the matrix
+#
+# succeeds  exit 0: scaled once, one Event
+# warns     exit 0: scaled once, and a warning that the Event may be missing
+# scales    exit 0: scaled once, at most one Event
+# holds     exit 1: nothing is changed, and the next run tries again
+# unknown   exit 1: whether the patch arrived could not be found out, which the run says
+# person    exit 2: nothing is changed, and the run says what a person has to do
+# -         not a case of this matrix
+
+CLUSTER_CALLS = (READ, LIST, MARK, DOWN, UP, EVENT)
+
+# Twice, or for as long as OUTAGE_SECONDS; after that everything is well.
+API_SERVER_PASSING = """
+                                 read      list      mark      down      up        event
+resets before it acts            succeeds  succeeds  succeeds  succeeds  succeeds  warns
+resets after it has acted        succeeds  succeeds  succeeds  succeeds  succeeds  warns
+breaks off in mid-answer         succeeds  succeeds  succeeds  succeeds  succeeds  warns
+goes away before it acts         succeeds  succeeds  succeeds  succeeds  succeeds  warns
+goes away after it has acted     succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers garbage                  succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers nothing                  succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers with another kind        succeeds  succeeds  succeeds  succeeds  succeeds  succeeds
+answers 408                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 409                      -         -         succeeds  succeeds  succeeds  warns
+answers 410                      -         succeeds  -         -         -         -
+answers 429                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 429, retry after 1       succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 500                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 502                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 503                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 504                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
+answers 504, but acts            succeeds  succeeds  succeeds  succeeds  succeeds  warns
+"""
+
+# A 404 for a pod means that it is gone; a test of its own is below.
+API_SERVER_STAYING = """
+                                 read      list      mark      down      up        event
+never answers                    holds     holds     holds     unknown   unknown   warns
+never answers, but acts          holds     holds     holds     succeeds  succeeds  warns
+resets before it acts            holds     holds     holds     unknown   unknown   warns
+resets after it has acted        holds     holds     holds     succeeds  succeeds  warns
+breaks off in mid-answer         holds     holds     holds     succeeds  succeeds  warns
+drips its answer                 holds     holds     holds     unknown   unknown   scales
+goes away before it acts         holds     holds     holds     unknown   unknown   warns
+goes away after it has acted     holds     holds     holds     unknown   unknown   warns
+answers garbage                  holds     holds     holds     succeeds  succeeds  warns
+answers nothing                  holds     holds     holds     succeeds  succeeds  warns
+answers garbage and does nothing holds     holds     holds     unknown   unknown   warns
+answers with another kind        holds     holds     succeeds  succeeds  succeeds  succeeds
+answers 400                      person    person    person    person    person    warns
+answers 401                      person    person    person    person    person    warns
+answers 403                      person    person    person    person    person    warns
+answers 404                      person    person    -         person    person    warns
+answers 408                      holds     holds     holds     holds     holds     warns
+answers 409                      holds     holds     holds     holds     holds     warns
+answers 410                      -         holds     -         -         -         -
+answers 422                      person    person    person    person    person    warns
+answers 429                      holds     holds     holds     holds     holds     warns
+answers 429, retry after 600     holds     holds     holds     holds     holds     warns
+answers 500                      holds     holds     holds     unknown   unknown   warns
+answers 502                      holds     holds     holds     unknown   unknown   warns
+answers 503                      holds     holds     holds     unknown   unknown   warns
+answers 503, retry after 600     holds     holds     holds     unknown   unknown   warns
+answers 504                      holds     holds     holds     unknown   unknown   warns
+answers 504, but acts            holds     holds     holds     succeeds  succeeds  warns
+"""
+
+QUEUE_CALLS = (WAITING, BUSY_JOBS, LOOK, AGAIN)
+
+FIRESTORE_PASSING = """
+                                 waiting   busy      look      again
+answers ABORTED                  succeeds  succeeds  succeeds  succeeds
+answers CANCELLED                succeeds  succeeds  succeeds  succeeds
+answers DEADLINE_EXCEEDED        succeeds  succeeds  succeeds  succeeds
+answers INTERNAL                 succeeds  succeeds  succeeds  succeeds
+answers RESOURCE_EXHAUSTED       succeeds  succeeds  succeeds  succeeds
+answers UNAVAILABLE              succeeds  succeeds  succeeds  succeeds
+resets before the answer         succeeds  succeeds  succeeds  succeeds
+breaks off in mid-answer         succeeds  succeeds  succeeds  succeeds
+goes away                        succeeds  succeeds  succeeds  succeeds
+"""
+
+FIRESTORE_STAYING = """
+                                 waiting   busy      look      again
+answers ABORTED                  holds     holds     holds     holds
+answers CANCELLED                holds     holds     holds     holds
+answers DEADLINE_EXCEEDED        holds     holds     holds     holds
+answers INTERNAL                 holds     holds     holds     holds
+answers RESOURCE_EXHAUSTED       holds     holds     holds     holds
+answers UNAVAILABLE              holds     holds     holds     holds
+answers ALREADY_EXISTS           holds     holds     holds     holds
+answers DATA_LOSS                holds     holds     holds     holds
+answers OUT_OF_RANGE             holds     holds     holds     holds
+answers UNIMPLEMENTED            holds     holds     holds     holds
+answers UNKNOWN                  holds     holds     holds     holds
+answers FAILED_PRECONDITION      person    person    person    person
+answers INVALID_ARGUMENT         person    person    person    person
+answers NOT_FOUND                person    person    person    person
+answers PERMISSION_DENIED        person    person    person    person
+answers UNAUTHENTICATED          person    person    person    person
+never answers                    holds     holds     holds     holds
+resets before the answer         holds     holds     holds     holds
+breaks off in mid-answer         holds     holds     holds     holds
+drips its answer                 holds     holds     holds     holds
+swallows all packets             holds     holds     holds     holds
+goes away                        holds     holds     holds     holds
+ends without an answer           holds     holds     -         -
+counts nothing                   holds     holds     -         -
+counts less than none            holds     holds     -         -
+"""
+
+FROM_THE_START = (
+    replace(READ, id="it is asked for the first time", from_the_start=True),
+    replace(WAITING, id="it is asked for the first time", from_the_start=True),
+)
+
+NOBODY_THERE = """
+                                 server    firestore
+refuses connections              holds     holds
+resets connections               holds     holds
+swallows all packets             holds     holds
+drips its answer                 holds     holds
+is slow                          succeeds  succeeds
+"""
+
+# What the answers that wait for a person have to say, by what was refused.
+ADVICE = {
+    "answers 401": "credentials",
+    "answers 403": "the Role in namespace default has to allow {needs} (",
+    "answers FAILED_PRECONDITION": "https://console.firebase.google.com/v1/r/project/",
+    "answers INVALID_ARGUMENT": "check QUEUE_COLLECTION, WAITING_FILTER, BUSY_FILTER",
+    "answers NOT_FOUND": "check FIRESTORE_PROJECT and FIRESTORE_DATABASE",
+    "answers PERMISSION_DENIED": "roles/datastore.viewer",
+    "answers UNAUTHENTICATED": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+FORBIDDEN = {"answers 401", "answers 403", "answers 422"}
+FORBIDDEN |= {"answers PERMISSION_DENIED", "answers UNAUTHENTICATED"}
+FOLLOWED_UP = {"answers 403", "answers 503", "goes away after it has acted", "never answers"}
+FOLLOWED_UP |= {"answers PERMISSION_DENIED", "answers UNAVAILABLE", "refuses connections"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One call, one fault, and how the run ends. `passing`: the fault strikes twice at most."""
+
+    call: Call
+    fault: str
+    passing: bool
+    ending: str
+
+    def __str__(self) -> str:
+        how_long = " for a moment" if self.passing else ""
+        server = "the API server" if isinstance(self.call.on, Match) else "Firestore"
+        return f"{server} {self.fault}{how_long} while {self.call}: {self.ending}"
+
+    @property
+    def reason(self) -> str:
+        """The reason of a run that holds."""
+        if self.fault in FORBIDDEN and self.ending == "person":
+            return "Forbidden"
+        if self.fault == "answers 404" and self.call in (READ, DOWN, UP):
+            return "DeploymentNotFound"
+        return "ClusterUnavailable" if isinstance(self.call.on, Match) else "QueueUnavailable"
+
+    @property
+    def budget_seconds(self) -> int:
+        tries_on = self.ending in ("holds", "unknown", "scales") and "600" not in self.fault
+        return SHORT_SECONDS if tries_on else LONG_SECONDS
+
+    @property
+    def is_followed_up(self) -> bool:
+        """Whether a second run, without the fault, has to make good what this one could not."""
+        return not self.passing and self.fault in FOLLOWED_UP
+
+
+def read_table(table: str, calls: tuple[Call, ...], passing: bool) -> Iterator[Cell]:
+    header, *rows = table.strip("\n").splitlines()
+    assert len(header.split()) == len(calls), header
+    for row in rows:
+        *_, fault, _ = re.split(r"^(.{32}) ", row)
+        endings = row[33:].split()
+        assert len(endings) == len(calls), row
+        for call, ending in zip(calls, endings, strict=True):
+            if ending != "-":
+                yield Cell(call, fault.strip(), passing, ending)
+
+
+MATRIX = [
+    *read_table(API_SERVER_PASSING, CLUSTER_CALLS, passing=True),
+    *read_table(API_SERVER_STAYING, CLUSTER_CALLS, passing=False),
+    *read_table(FIRESTORE_PASSING, QUEUE_CALLS, passing=True),
+    *read_table(FIRESTORE_STAYING, QUEUE_CALLS, passing=False),
+    *read_table(NOBODY_THERE, FROM_THE_START, passing=False),
+]
+
+# --------------------------------------------------------------------------------- the faults
+
+HTTP_FAULTS = {
+    "never answers": kubernetes.hang(),
+    "never answers, but acts": kubernetes.hang(applied=True),
+    "resets before it acts": kubernetes.reset(),
+    "resets after it has acted": kubernetes.reset(applied=True),
+    "breaks off in mid-answer": kubernetes.cut(),
+    "drips its answer": kubernetes.drip(0.2),
+    "goes away before it acts": kubernetes.reset(),
+    "goes away after it has acted": kubernetes.reset(applied=True),
+    "answers garbage": kubernetes.garbage(),
+    "answers garbage and does nothing": replace(kubernetes.garbage(), applied=False),
+    "answers nothing": kubernetes.empty(),
+    "answers with another kind": kubernetes.wrong_kind(),
+    "answers 429, retry after 1": kubernetes.answer(429, {"Retry-After": "1"}),
+    "answers 429, retry after 600": kubernetes.answer(429, {"Retry-After": "600"}),
+    "answers 503, retry after 600": kubernetes.answer(503, {"Retry-After": "600"}),
+    "answers 504, but acts": replace(kubernetes.answer(504), applied=True),
+}
+GRPC_FAULTS: Mapping[str, firestore.Behaviour] = {
+    "never answers": firestore.Hang(),
+    "ends without an answer": EmptyStream(),
+    "counts nothing": CountAs(None),
+    "counts less than none": CountAs(-1),
+    "answers FAILED_PRECONDITION": firestore.missing_index(PROJECT),
+}
+MID_ANSWER_BYTES = 60
+# Each is told how many bytes have been answered on the connection that is in use.
+NETWORK_FAULTS: Mapping[str, Callable[[ChaosProxy, int], None]] = {
+    "resets before the answer": lambda proxy, here: proxy.become("reset", after_bytes=0),
+    "breaks off in mid-answer": lambda proxy, here: proxy.become(
+        "reset", after_bytes=here + MID_ANSWER_BYTES
+    ),
+    "drips its answer": lambda proxy, here: proxy.become("drip", seconds=0.2),
+    "swallows all packets": lambda proxy, here: proxy.become("swallow"),
+    "goes away": lambda proxy, here: vanish(proxy),
+}
+
+
+FIRST_FAULTS: Mapping[str, Callable[[ChaosProxy], None]] = {
+    "refuses connections": lambda proxy: proxy.become("refuse"),
+    "resets connections": lambda proxy: proxy.become("reset"),
+    "swallows all packets": lambda proxy: proxy.become("swallow"),
+    "drips its answer": lambda proxy: proxy.become("drip", seconds=0.2),
+    "is slow": lambda proxy: proxy.become("delay", seconds=0.2),
+}
+
+
+def vanish(proxy: ChaosProxy) -> None:
+    """What stands is reset, and nobody listens any more."""
+    proxy.become("refuse")
+    proxy.reset()
+
+
+def pass_over(scene: Scene, proxy: ChaosProxy) -> None:
+    scene.healing.append(threading.Timer(OUTAGE_SECONDS, lambda: proxy.become("pass")))
+    scene.healing[-1].start()
+
+
+def strike(scene: Scene, cell: Cell) -> None:
+    """Set the fault of a cell up."""
+    times = 2 if cell.passing else None
+    if cell.call.from_the_start:
+        FIRST_FAULTS[cell.fault](scene.api if isinstance(cell.call.on, Match) else scene.firestore)
+    elif isinstance(cell.call.on, Match):
+        strike_cluster(scene, cell.call.on, cell.fault, times)
+    elif cell.call.after_marking:
+        scene.cluster.hook(MARK_DONE, lambda _: strike_queue(scene, cell, times), "after")
+    else:
+        strike_queue(scene, cell, times)
+
+
+MARK_DONE = Match("patch", "pods")
+
+
+def strike_cluster(scene: Scene, on: Match, fault: str, times: int | None) -> None:
+    if fault.startswith("goes away"):
+        scene.cluster.hook(on, lambda _: go_away(scene, times), "after")
+        times = times and 1
+    if fault in HTTP_FAULTS:
+        scene.cluster.fault(on, HTTP_FAULTS[fault], times)
+    else:
+        scene.cluster.fault(on, kubernetes.answer(int(fault.removeprefix("answers "))), times)
+
+
+def go_away(scene: Scene, times: int | None) -> None:
+    vanish(scene.api)
+    if times:
+        pass_over(scene, scene.api)
+
+
+def strike_queue(scene: Scene, cell: Cell, times: int | None) -> None:
+    assert isinstance(cell.call.on, On)
+    if cell.fault in NETWORK_FAULTS:
+        strike_network(scene, cell.call.on, NETWORK_FAULTS[cell.fault], times)
+    elif cell.fault in GRPC_FAULTS:
+        scene.queue.fault(cell.call.on, GRPC_FAULTS[cell.fault], times)
+    else:
+        code = StatusCode[cell.fault.removeprefix("answers ")]
+        scene.queue.fault(cell.call.on, Fail(code, "as the test wants it"), times)
+
+
+def strike_network(
+    scene: Scene, on: On, fault: Callable[[ChaosProxy, int], None], times: int | None
+) -> None:
+    before = 0  # bytes answered on connections that are no more
+
+    def misbehave(_: firestore.Call) -> None:
+        nonlocal before
+        fault(scene.firestore, scene.firestore.bytes_answered - before)
+        before = scene.firestore.bytes_answered + MID_ANSWER_BYTES
+        if times:
+            pass_over(scene, scene.firestore)
+
+    scene.queue.hook(on, misbehave, times=times and 1)
+
+
+# ------------------------------------------------------------------------- what has to be true
+
+
+def told(run: Run) -> str:
+    """The last line of the log, which has to say what the record says."""
+    record, line = run.record, run.stdout.splitlines()[-1]
+    target = "/".join(filter(None, (record["namespace"], record["deployment"])))
+    assert line.endswith(f" AutoScaler {target} {record['reason']}: {record['message']}"), run
+    assert " AutoScaler " in run.stdout and run.stderr == "", run
+    return line
+
+
+def check(scene: Scene, run: Run, ending: str, budget_seconds: float) -> None:
+    """What every ending has in common."""
+    record, replicas, scales = run.record, scene.world.replicas, scene.cluster.scales
+    told(run)
+    assert "Traceback" not in run.stdout, run
+    assert run.seconds <= budget_seconds + 2, run
+    assert run.exit_code == {"holds": 1, "unknown": 1, "person": 2}.get(ending, 0), run
+    assert len(scales) == (replicas != scene.before), run
+    assert replicas in (scene.before, scene.after), run
+    assert scene.busy_pod not in scene.cluster.deleted_pods, run
+    assert record["current"] in (None, scene.before), run
+    if ending == "unknown":
+        assert (record["action"], record["replicas"]) == ("none", None), run
+        assert "not known" in record["message"], run
+    elif ending in ("holds", "person"):
+        assert replicas == scene.before, run
+        assert (record["action"], record["replicas"]) == ("none", record["current"]), run
+    else:
+        up = scene.after > scene.before
+        action = ("ScaledUp", "scale-up") if up else ("ScaledDown", "scale-down")
+        assert (record["reason"], record["action"]) == action, run
+        assert (record["replicas"], replicas) == (scene.after, scene.after), run
+    check_events(scene, run, ending)
+
+
+def check_events(scene: Scene, run: Run, ending: str) -> None:
+    messages = [str(event["message"]) for event in scene.cluster.events()]
+    sizes = [message.split(";")[0] for message in messages]
+    if ending == "succeeds":
+        assert sizes == [f"New size: {scene.after}"], run
+    elif ending in ("warns", "scales"):
+        assert sizes in ([], [f"New size: {scene.after}"]), run
+    else:
+        assert sizes == [], run
+    assert ("no Event was written" in run.stdout) is (ending == "warns"), run
+
+
+def play(cell: Cell) -> None:
+    """One run with the fault of the cell, and whether it ends as the cell says.
+
+    If it does not get as far as the fault, the machine is busy: then once more, with more time.
+    """
+    for budget_seconds in (cell.budget_seconds, 4 * cell.budget_seconds):
+        with cell.call.world(TIMEOUT_SECONDS=str(budget_seconds)) as scene:
+            strike(scene, cell)
+            run: Run = scene.world.run()
+            if was_made(scene, cell.call) or budget_seconds > cell.budget_seconds:
+                check(scene, run, cell.ending, budget_seconds)
+                check_words(run, cell)
+                if cell.is_followed_up:
+                    check_next_run(scene)
+                return
+
+
+def was_made(scene: Scene, call: Call) -> bool:
+    """Whether a run has got as far as this call."""
+    if call.from_the_start:
+        return True
+    if isinstance(call.on, Match):
+        return bool(scene.cluster.calls(call.on))
+    times = sum(map(call.on.matches, scene.queue.calls))
+    return times > (1 if call.after_marking else 0)
+
+
+def check_words(run: Run, cell: Cell) -> None:
+    """The reason, and what a person is told."""
+    if cell.ending in ("holds", "person"):
+        assert run.reason == cell.reason, run
+        assert cell.call.doing in run.record["message"] or run.reason == "DeploymentNotFound"
+    if cell.fault in ADVICE:
+        assert ADVICE[cell.fault].format(needs=cell.call.needs) in run.stdout, run
+    if cell.fault.endswith("retry after 600"):
+        assert run.record["durationSeconds"] < LONG_SECONDS / 2, run
+
+
+def check_next_run(scene: Scene) -> None:
+    """Without the fault, the next minute brings what the last one could not; nothing twice."""
+    scene.cluster.clear_faults()
+    scene.queue.heal()
+    scene.api.become("pass")
+    scene.firestore.become("pass")
+    scene.world.pass_time()
+    run = scene.world.run(TIMEOUT_SECONDS=str(LONG_SECONDS))
+    told(run)
+    assert run.exit_code == 0, run
+    assert (scene.world.replicas, run.record["replicas"]) == (scene.after, scene.after), run
+    assert len(scene.cluster.scales) == 1, run
+    assert len(scene.cluster.events()) <= 1, run
+    assert scene.busy_pod not in scene.cluster.deleted_pods, run
+
+
+@pytest.fixture(scope="module")
+def endings(request: pytest.FixtureRequest) -> Iterator[Mapping[Cell, Future[None]]]:
+    """The cells that were asked for, some of them always under way: most of a cell is waiting."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items]
+    cells = [spec.params["cell"] for spec in asked if spec and "cell" in spec.params]
+    pool = ThreadPoolExecutor(AT_ONCE)
+    yield {cell: pool.submit(play, cell) for cell in cells}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("cell", MATRIX, ids=str)
+def test_a_fault(cell: Cell, endings: Mapping[Cell, Future[None]]) -> None:
+    endings[cell].result()
+
+
+def test_the_matrix_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every call meets faults of each kind, both those that pass and those that stay."""
+    for call in (*CLUSTER_CALLS, *QUEUE_CALLS):
+        for passing in (True, False):
+            assert sum(c.call is call and c.passing is passing for c in MATRIX) >= 9, call
+    assert len({str(cell) for cell in MATRIX}) == len(MATRIX), "two cells of one name"
+    with capsys.disabled():
+        print(f"\nfault matrix: {len(MATRIX)} cells")
+
+
+# ----------------------------------------------------------- conflicts and unknown outcomes
+
+PATCH = Match("patch", "deployments")
+
+
+def test_a_patch_whose_answer_is_lost_is_looked_up_and_not_sent_again() -> None:
+    with scaling_up() as scene:
+        scene.cluster.fault(PATCH, kubernetes.reset(applied=True), times=None)
+        run = scene.world.run()
+        check(scene, run, "succeeds", 45)
+        assert len(scene.cluster.calls(PATCH)) == 1
+        assert len(scene.cluster.calls(READ_AGAIN)) == 2
+
+
+READ_AGAIN = Match("get", "deployments")
+
+
+def test_a_lost_answer_and_then_another_hand_leave_one_scale_of_ours() -> None:
+    with scaling_up() as scene:
+        scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
+        scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 2), "after")
+        run = scene.world.run()
+        told(run)
+        assert run.reason == "ScaleUpCooldown", run
+        assert (run.record["replicas"], scene.world.replicas) == (2, 2), run
+        assert [scale.manager for scale in scene.cluster.scales] == ["queue-scaler", "kubectl"]
+
+
+def test_a_late_patch_and_its_repetition_scale_once() -> None:
+    """The API server takes its time: the patch is carried out after the run has looked."""
+    with scaling_up() as scene:
+        late: list[Any] = []
+
+        def carry_out(request: kubernetes.Request) -> None:
+            if late:
+                spec, annotations = late[0]["spec"], late[0]["metadata"]["annotations"]
+                scene.cluster.edit("deployments", "worker", lambda d: d["spec"].update(spec))
+                scene.cluster.annotate("worker", **annotations)
+            late.append(request.body)
+
+        scene.cluster.fault(PATCH, kubernetes.answer(504))
+        scene.cluster.hook(PATCH, carry_out, times=2)
+        run = scene.world.run()
+        check(scene, run, "succeeds", 45)
+        assert [call.status for call in scene.cluster.calls(PATCH)] == [504, 409]
+
+
+def test_a_conflict_makes_the_run_read_and_decide_afresh() -> None:
+    with scaling_up() as scene:
+        scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 3))
+        run = scene.world.run()
+        told(run)
+        assert (run.exit_code, run.reason, run.record["current"]) == (0, "AtTarget", 3), run
+        assert [scale.manager for scale in scene.cluster.scales] == ["kubectl"]
+
+
+def test_a_pause_that_comes_in_between_is_obeyed() -> None:
+    pause = {"queue-scaler/paused": "true"}
+    with scaling_up() as scene:
+        scene.cluster.hook(PATCH, lambda _: scene.cluster.annotate("worker", **pause))
+        run = scene.world.run()
+        assert (run.exit_code, run.reason, scene.world.replicas) == (0, "Paused", 1), run
+        assert scene.cluster.scales == []
+
+
+def test_other_peoples_writes_are_waited_out() -> None:
+    """Five conflicts in a row, as the controllers' status writes cause them."""
+    with scaling_up() as scene:
+        numbers = iter(range(5))
+        note = "example.com/note"
+        scene.cluster.hook(
+            PATCH, lambda _: scene.cluster.annotate("worker", **{note: str(next(numbers))}), times=5
+        )
+        run = scene.world.run()
+        check(scene, run, "succeeds", 45)
+
+
+def test_a_pod_that_has_gone_before_it_is_marked_is_no_failure() -> None:
+    with scaling_down() as scene:
+
+        def kill(request: kubernetes.Request) -> None:
+            pod = next(
+                pod
+                for pod in scene.cluster.pods("worker")
+                if pod["metadata"]["name"] == request.name
+            )
+            scene.cluster.controllers.delete_pod(pod)
+
+        scene.cluster.hook(Match("patch", "pods"), kill)
+        run = scene.world.run()
+        told(run)
+        assert run.exit_code == 0, run
+        assert run.record["replicas"] == scene.world.replicas
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_short_retry_after_is_waited_for(status: int) -> None:
+    with scaling_up() as scene:
+        asked: list[float] = []
+        scene.cluster.hook(PATCH, lambda _: asked.append(time.monotonic()), times=None)
+        scene.cluster.fault(PATCH, kubernetes.answer(status, {"Retry-After": "2"}))
+        run = scene.world.run()
+        check(scene, run, "succeeds", 45)
+        assert asked[1] - asked[0] >= 2, run
+
+
+def test_a_stream_that_breaks_after_some_documents_is_not_taken_for_the_whole() -> None:
+    """Many jobs of one pod come first, the only job of another one is lost with the rest."""
+    with scaling_down(JOBS_PER_POD="100") as scene:
+        first, last = (pod["metadata"]["name"] for pod in scene.cluster.pods("worker")[1:])
+        for number in range(40):
+            job = {"status": "processing", "assignedPodId": first}
+            scene.queue.put(f"jobs/a-{number:03}", job)
+        scene.queue.put("jobs/z", {"status": "processing", "assignedPodId": last})
+        scene.queue.hook(
+            "query",
+            lambda _: scene.firestore.become(
+                "reset", after_bytes=scene.firestore.bytes_answered + 3000
+            ),
+            times=1,
+        )
+        run = scene.world.run(TIMEOUT_SECONDS=str(SHORT_SECONDS))
+        told(run)
+        assert scene.world.replicas == 3, run
+        assert run.reason in ("WorkersBusy", "QueueUnavailable"), run
+
+
+# ----------------------------------------------------------------------- SIGTERM and crashes
+
+STAGES = [*CLUSTER_CALLS, *QUEUE_CALLS]
+
+
+def terminate(scene: Scene, arrived: threading.Event, by: signal.Signals) -> Run:
+    """Start a run, and send it the signal as soon as it has got where the test wants it."""
+    log = scene.world.directory / "termination-log"
+    process = scene.world.start(log=log)
+    assert arrived.wait(30), "the run never got there"
+    begun = time.monotonic()
+    process.send_signal(by)
+    stdout, stderr = process.communicate(timeout=30)
+    seconds = time.monotonic() - begun
+    return Run(process.returncode, stdout, stderr, json.loads(log.read_text()), seconds)
+
+
+def stop_at(scene: Scene, call: Call, by: signal.Signals = signal.SIGTERM) -> Run:
+    """A run that gets the signal while this call is not answered."""
+    arrived = threading.Event()
+    if isinstance(call.on, Match):
+        scene.cluster.fault(call.on, kubernetes.hang())
+        scene.cluster.hook(call.on, lambda _: arrived.set())
+    elif call.after_marking:
+        scene.cluster.hook(MARK_DONE, lambda _: hang_queue(scene, call.on, arrived), "after")
+    else:
+        hang_queue(scene, call.on, arrived)
+    return terminate(scene, arrived, by)
+
+
+def hang_queue(scene: Scene, on: Match | On, arrived: threading.Event) -> None:
+    assert isinstance(on, On)
+    scene.queue.fault(on, firestore.Hang())
+    scene.queue.hook(on, lambda _: arrived.set())
+
+
+@pytest.mark.parametrize("call", STAGES, ids=str)
+def test_sigterm_ends_a_run_at_once_with_what_was_under_way(call: Call) -> None:
+    with call.world() as scene:
+        run = stop_at(scene, call)
+        line = told(run)
+        assert run.exit_code == 143 and run.seconds < 2, run
+        if call is EVENT:
+            check_scaled(scene, run)
+        else:
+            assert f"SIGTERM while {call.doing}" in line, run
+            assert run.record["action"] == "none", run
+            assert run.record["replicas"] == (None if call in (READ, DOWN, UP) else scene.before)
+            assert scene.world.replicas == scene.before, run
+
+
+def check_scaled(scene: Scene, run: Run) -> None:
+    """What was done before the run broke off is told as it is."""
+    assert run.record["action"] == ("scale-up" if scene.after > scene.before else "scale-down")
+    assert run.record["replicas"] == scene.world.replicas == scene.after, run
+    assert len(scene.cluster.scales) == 1, run
+
+
+def test_sigint_ends_a_run_as_sigterm_does() -> None:
+    with scaling_up() as scene:
+        run = stop_at(scene, READ, signal.SIGINT)
+        assert run.exit_code == 130 and "SIGINT while reading the Deployment" in told(run)
+
+
+def test_sigterm_after_a_patch_whose_answer_was_lost_claims_nothing() -> None:
+    with scaling_up() as scene:
+        scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
+        scene.cluster.fault(READ_AGAIN, kubernetes.hang(), nth=2)
+        arrived = threading.Event()
+        scene.cluster.hook(
+            replace(READ_AGAIN, where=lambda _: scene.world.replicas == 3), lambda _: arrived.set()
+        )
+        run = terminate(scene, arrived, signal.SIGTERM)
+        assert run.exit_code == 143 and "not known" in told(run), run
+        assert (run.record["action"], run.record["replicas"]) == ("none", None), run
+
+
+def test_a_login_helper_that_hangs_is_cut_off_by_the_budget() -> None:
+    with scaling_up(TIMEOUT_SECONDS="2") as scene:
+        run = scene.world.run(KUBECONFIG=str(with_login_helper(scene, "sleep", "60")))
+        assert run.exit_code == 1 and run.seconds <= 4, run
+        assert "out of time (TIMEOUT_SECONDS=2) while loading the Kubernetes client" in told(run)
+
+
+def with_login_helper(scene: Scene, *command: str) -> Path:
+    """A kubeconfig as cloud providers write them: a command prints the token."""
+    kubeconfig = yaml.safe_load(Path(scene.world.settings["KUBECONFIG"]).read_text())
+    helper = {"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never"}
+    arguments = {"command": command[0], "args": list(command[1:])}
+    kubeconfig["users"][0]["user"] = {"exec": {**helper, **arguments}}
+    path = scene.world.directory / "with-login-helper"
+    path.write_text(yaml.safe_dump(kubeconfig))
+    return path
+
+
+CRASHING = """
+import os, sys, scaler
+
+def crash(*_, **__):
+    raise ZeroDivisionError("made by the test")
+
+setattr(scaler, sys.argv[1], crash)
+scaler.leave(scaler.main([], os.environ, scaler.utc_now))
+"""
+BEFORE_THE_PATCH = (
+    "read_settings",
+    "open_cluster",
+    "parse_deployment",
+    "recall",
+    "overrule",
+    "parse_pod",
+    "open_queue",
+    "queue_failure",
+    "recommend",
+    "least_replicas",
+    "wanted_cost",
+    "annotations_to_write",
+    "apply",
+)
+
+
+def crash_in(scene: Scene, function: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run in which one function of the scaler raises what nobody expects."""
+    command = [sys.executable, "-c", CRASHING, function]
+    monkeypatch.setattr(scene.world, "command", lambda *_: command)
+    return scene.world.run()
+
+
+@pytest.mark.parametrize("function", BEFORE_THE_PATCH)
+def test_a_crash_before_the_patch_changes_nothing(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scaling_down() as scene:
+        if function == "queue_failure":
+            scene.queue.fault("count", Fail(StatusCode.UNAVAILABLE))
+        run = crash_in(scene, function, monkeypatch)
+        assert run.exit_code == 1, run
+        assert "Traceback" in run.stdout and "internal error" in told(run), run
+        assert "ZeroDivisionError: made by the test" in run.record["message"], run
+        assert (run.record["action"], scene.world.replicas) == ("none", 3), run
+        assert scene.cluster.scales == []
+
+
+@pytest.mark.parametrize("function", ["finish", "event"])
+def test_a_crash_after_the_patch_does_not_deny_it(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scaling_down() as scene:
+        run = crash_in(scene, function, monkeypatch)
+        told(run)
+        assert run.exit_code == 1 and "Traceback" in run.stdout, run
+        if run.record["replicas"] is None:
+            assert "not known" in run.record["message"], run
+        else:
+            check_scaled(scene, run)
+
+
+def test_a_module_that_cannot_be_imported_is_a_crash_like_any_other() -> None:
+    with scaling_up() as scene:
+        (scene.world.directory / "tenacity.py").write_text("raise RuntimeError('half installed')")
+        run = scene.world.run(PYTHONPATH=str(scene.world.directory))
+        assert run.exit_code == 1 and "half installed" in told(run), run
+        assert scene.world.replicas == 1
+
+
+def test_a_termination_log_that_cannot_be_written_is_a_warning() -> None:
+    with scaling_up() as scene:
+        environ = scene.world.environment()
+        log = scene.world.directory / "a-directory"
+        log.mkdir()
+        process = scene.world.start(log=log, environ=environ)
+        stdout, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, stdout
+        assert "the result record was not written" in stdout
+        assert scene.world.replicas == 3
+
+
+def test_a_termination_log_that_hangs_does_not_hold_the_run_up() -> None:
+    with scaling_up(TIMEOUT_SECONDS="2") as scene:
+        log = scene.world.directory / "a-pipe-that-nobody-reads"
+        os.mkfifo(log)
+        begun = time.monotonic()
+        process = scene.world.start(log=log)
+        stdout, _ = process.communicate(timeout=60)
+        assert "ScaledUp" in stdout
+        assert time.monotonic() - begun < 2 + 2 + 1
+
+
+def test_in_json_the_line_is_the_record() -> None:
+    with scaling_up(LOG_FORMAT="json", TIMEOUT_SECONDS="2") as scene:
+        scene.cluster.fault(READ_AGAIN, kubernetes.answer(403))
+        run = scene.world.run()
+        line = json.loads(run.stdout.splitlines()[-1])
+        assert line["severity"] == "ERROR" and "AutoScaler" in line["message"]
+        same = {"time", "severity", "message"}
+        assert {k: v for k, v in line.items() if k not in same} == {
+            k: v for k, v in run.record.items() if k not in same
+        }
+
+
+# ------------------------------------------------------------------------------ the fallback
+
+UNREADABLE = Fail(StatusCode.UNKNOWN, "as the test wants it")
+
+
+def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | None]]:
+    """Exit code, reason and replicas of one run a minute while the queue is unreadable."""
+    ends = []
+    for _ in range(minutes):
+        run = scene.world.run()
+        told(run)
+        ends.append((run.exit_code, run.reason, scene.world.replicas))
+        scene.world.pass_time()
+    return ends
+
+
+def test_without_a_fallback_an_unreadable_queue_holds_the_replicas() -> None:
+    with scaling_down() as scene:
+        scene.queue.fault("count", UNREADABLE)
+        before = scene.world.resource_version
+        assert failing_minutes(scene, 5) == [(1, "QueueUnavailable", 3)] * 5
+        assert scene.world.resource_version == before, "nothing is written"
+
+
+def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back() -> None:
+    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as scene:
+        scene.queue.fault("count", UNREADABLE)
+        assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)]
+        assert scene.world.annotations == {"queue-failing-since": "2026-01-01T00:00:00Z"}
+        written = scene.world.resource_version
+        assert failing_minutes(scene, 2) == [(1, "QueueUnavailable", 1)] * 2
+        assert scene.world.resource_version == written, "the time is written once"
+        assert failing_minutes(scene, 3) == [(1, "Fallback", 2)] * 3
+        assert [(scale.before, scale.after) for scale in scene.cluster.scales] == [(1, 2)]
+        assert len(scene.cluster.events()) == 1
+        assert scene.world.annotations["last-scale"] == "up 1->2"
+        scene.queue.heal()
+        run = scene.world.run()
+        assert (run.exit_code, run.reason, scene.world.replicas) == (0, "ScaledUp", 3), run
+        assert "queue-failing-since" not in scene.world.annotations
+
+
+def test_the_record_of_a_fallback_says_what_was_done() -> None:
+    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
+        scene.queue.fault("count", UNREADABLE)
+        run = scene.world.run()
+        record = run.record
+        assert (run.exit_code, record["reason"], record["action"]) == (1, "Fallback", "scale-up")
+        assert (record["waiting"], record["desired"], record["replicas"]) == (None, None, 3), run
+        assert "FALLBACK_REPLICAS=3" in told(run)
+
+
+@pytest.mark.parametrize("fallback", ["0", "1", "2", "3"])
+def test_the_fallback_never_removes_a_pod(fallback: str) -> None:
+    with scaling_down(FALLBACK_REPLICAS=fallback, FALLBACK_AFTER_SECONDS="60") as scene:
+        scene.queue.fault("count", UNREADABLE)
+        ends = failing_minutes(scene, 3)
+        assert ends == [(1, "QueueUnavailable", 3), (1, "Fallback", 3), (1, "Fallback", 3)]
+        assert scene.cluster.scales == [] and scene.cluster.events() == []
+
+
+def test_a_good_reading_in_between_starts_the_time_afresh() -> None:
+    more = {"FALLBACK_REPLICAS": "3", "FALLBACK_AFTER_SECONDS": "120", "SCALE_UP_STEP": "0"}
+    with scaling_up(**more) as scene:
+        for minute in range(4):
+            scene.queue.fault("count", UNREADABLE)
+            assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)], minute
+            scene.queue.heal()
+            assert scene.world.run().exit_code == 0
+            assert "queue-failing-since" not in scene.world.annotations
+            scene.world.pass_time()
+
+
+def test_what_a_person_has_to_change_falls_back_too_and_still_says_so() -> None:
+    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as scene:
+        scene.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, "no"))
+        assert failing_minutes(scene, 2) == [(2, "Forbidden", 1), (2, "Fallback", 2)]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "end"),
+    [
+        ("paused", "true", (0, "Paused", 1)),
+        ("paused-replicas", "1", (0, "Paused", 1)),
+        ("paused-scale-out", "true", (1, "ScaleUpDisabled", 1)),
+    ],
+)
+def test_a_persons_pause_outweighs_the_fallback(
+    annotation: str, value: str, end: tuple[int, str, int]
+) -> None:
+    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
+        scene.cluster.annotate("worker", **{f"queue-scaler/{annotation}": value})
+        scene.queue.fault("count", UNREADABLE)
+        assert failing_minutes(scene, 1) == [end]
+
+
+def test_a_fallback_meets_a_conflict_like_any_other_scale() -> None:
+    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
+        scene.queue.fault("count", UNREADABLE)
+        scene.cluster.fault(PATCH, kubernetes.answer(409), times=2)
+        scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
+        assert failing_minutes(scene, 2) == [(1, "Fallback", 3)] * 2
+        assert len(scene.cluster.scales) == len(scene.cluster.events()) == 1
+
+
+def test_a_queue_that_fails_while_pods_are_looked_at_counts_as_unreadable() -> None:
+    with scaling_down(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="60") as scene:
+        scene.queue.fault("query", UNREADABLE)
+        assert failing_minutes(scene, 2) == [(1, "QueueUnavailable", 3), (1, "Fallback", 3)]
+        assert scene.cluster.scales == []

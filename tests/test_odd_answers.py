@@ -1,0 +1,415 @@
+"""Answers that nobody expects: the run takes them for what they are, or holds; it never guesses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc import StatusCode  # type: ignore[import-untyped]
+
+from tests.fakes import kubernetes
+from tests.fakes.firestore import CountAs, Fail, FakeFirestore, On
+from tests.fakes.kubernetes import FakeKubernetes, Match
+from tests.world import BUSY, START, Run, World
+
+READ, PATCH = Match("get", "deployments"), Match("patch", "deployments")
+LIST = Match("list", "pods")
+RECORD_BYTES = 4096
+LINE_CHARACTERS = 4000
+
+
+def warnings(run: Run) -> list[str]:
+    return [line for line in run.stdout.splitlines() if " WARNING AutoScaler " in line]
+
+
+def edit(cluster: FakeKubernetes, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the stored Deployment past everything that an API server checks."""
+    with cluster.store.lock:
+        change(cluster.store.objects[("deployments", "default", "worker")])
+
+
+# ------------------------------------------------------------------------------ the Deployment
+
+
+@pytest.mark.parametrize("annotations", [None, {}, "absent"], ids=["null", "empty", "absent"])
+def test_a_deployment_without_annotations_gets_its_first_ones(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, annotations: Any
+) -> None:
+    queue.fill(5)
+    edit(cluster, lambda d: d["metadata"].update(annotations=annotations))
+    if annotations == "absent":
+        edit(cluster, lambda d: d["metadata"].pop("annotations"))
+    run = world.run()
+    assert (run.reason, world.replicas) == ("ScaledUp", 3), run
+    assert set(world.annotations) == {"last-scale", "last-scale-time"}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "reason", "replicas"),
+    [(0, "AtTarget", None), (1, "AtTarget", None), (5, "ScaledUp", 3)],
+)
+def test_absent_replicas_are_one(
+    world: World,
+    cluster: FakeKubernetes,
+    queue: FakeFirestore,
+    jobs: int,
+    reason: str,
+    replicas: int | None,
+) -> None:
+    queue.fill(jobs)
+    edit(cluster, lambda d: d["spec"].pop("replicas"))
+    run = world.run()
+    assert (run.exit_code, run.reason, run.record["current"]) == (0, reason, 1), run
+    assert world.replicas == replicas
+    assert len(cluster.calls(PATCH)) == (reason == "ScaledUp")
+
+
+def test_other_peoples_huge_annotations_are_left_alone(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    queue.fill(5)
+    huge = {"example.com/last-applied": "x" * 200_000, "example.com/note": "ä\n" * 10_000}
+    edit(cluster, lambda d: d["metadata"]["annotations"].update(huge))
+    run = world.run(LOG_LEVEL="DEBUG")
+    assert (run.reason, world.replicas) == ("ScaledUp", 3), run
+    assert huge.items() <= cluster.annotations("worker").items()
+    assert all(len(line) < LINE_CHARACTERS for line in run.stdout.splitlines())
+
+
+def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    """The API server takes 256 KiB of annotations; a person has to make room."""
+    queue.fill(5)
+    full = {"example.com/full": "x" * (256 * 1024 - 100)}
+    edit(cluster, lambda d: d["metadata"]["annotations"].update(full))
+    run = world.run()
+    assert (run.exit_code, world.replicas, run.record["replicas"]) == (2, 1, 1), run
+    assert "Too long: may not be more than 262144 bytes" in run.record["message"], run
+
+
+@pytest.mark.parametrize(
+    "name", ["last-scale-time", "recommendations", "queue-failing-since", "last-scale"]
+)
+def test_huge_values_in_our_annotations_are_cut_in_the_log_and_count_as_absent(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, name: str
+) -> None:
+    queue.fill(5)
+    cluster.annotate("worker", **{f"queue-scaler/{name}": "so long " * 20_000})
+    run = world.run()
+    assert (run.reason, world.replicas) == ("ScaledUp", 3), run
+    assert all(len(line) < LINE_CHARACTERS for line in run.stdout.splitlines())
+    assert len(warnings(run)) == (name != "last-scale"), run
+
+
+def test_a_long_history_is_read_and_grows_no_longer(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    now = int(START.timestamp())
+    history = " ".join(f"{now - age}:{age % 3 + 1}" for age in range(10_000))
+    cluster.scale("worker", 3)
+    cluster.annotate("worker", **{"queue-scaler/recommendations": history})
+    run = world.run()
+    assert (run.exit_code, run.reason) == (0, "ScaleDownStabilized"), run
+    assert len(world.annotations["recommendations"]) < RECORD_BYTES
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "   ",
+        "yesterday",
+        "-1",
+        "1e400",
+        "9" * 400,
+        "NaN",
+        "2026-02-30T00:00:00Z",
+        "0001-01-01T00:00:00+23:59",
+        "9999-12-31T23:59:59-23:59",
+        "2026-01-01T00:00:00Z\n2026-01-01T00:00:00Z",
+    ],
+    ids=repr,
+)
+def test_a_time_that_is_none_is_warned_about_and_counts_as_absent(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, value: str
+) -> None:
+    queue.fill(5)
+    cluster.annotate("worker", **{"queue-scaler/last-scale-time": value})
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
+    assert len(warnings(run)) == 1 and "queue-scaler/last-scale-time" in warnings(run)[0], run
+
+
+def test_no_annotation_can_forge_a_line_of_the_log(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    forged = "2026-01-01T00:00:00Z INFO AutoScaler default/worker ScaledUp: forged"
+    for name in ("last-scale-time", "paused", "recommendations", "paused-replicas"):
+        cluster.annotate("worker", **{f"queue-scaler/{name}": f"x\n{forged}"})
+    run = world.run()
+    assert not any(line.startswith(forged) for line in run.stdout.splitlines()), run
+
+
+ODD_DEPLOYMENTS: dict[str, Any] = {
+    "null": None,
+    "a list": [],
+    "a string": "Deployment",
+    "an empty object": {},
+    "only its kind": {"kind": "Deployment"},
+    "nulls": {"kind": "Deployment", "metadata": None, "spec": None},
+    "no resourceVersion": {"kind": "Deployment", "metadata": {"name": "worker"}, "spec": {}},
+    "no spec": {"kind": "Deployment", "metadata": {"resourceVersion": "1"}},
+    "words for numbers": {
+        "kind": "Deployment",
+        "metadata": {"resourceVersion": "1"},
+        "spec": {"replicas": "three"},
+    },
+    "a list of annotations": {
+        "kind": "Deployment",
+        "metadata": {"resourceVersion": "1", "annotations": ["queue-scaler/paused"]},
+        "spec": {"replicas": 1},
+    },
+    "numbers in annotations": {
+        "kind": "Deployment",
+        "metadata": {"resourceVersion": "1", "annotations": {"queue-scaler/last-scale-time": 5}},
+        "spec": {"replicas": 1},
+    },
+    "endless replicas": {
+        "kind": "Deployment",
+        "metadata": {"resourceVersion": "1"},
+        "spec": {"replicas": float("inf")},
+    },
+    "an error with the status of a success": {"kind": "Status", "status": "Failure", "code": 500},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_DEPLOYMENTS.values(), ids=ODD_DEPLOYMENTS)
+def test_what_is_no_deployment_is_not_acted_on(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, odd: Any
+) -> None:
+    queue.fill(5)
+    cluster.fault(READ, kubernetes.body(json.dumps(odd).encode()), times=None)
+    run = world.run(TIMEOUT_SECONDS="2")
+    assert (run.exit_code, run.reason) == (1, "ClusterUnavailable"), run
+    assert run.record["action"] == "none" and world.replicas == 1
+    assert cluster.calls(PATCH) == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"\xff\xfe\x00", b"[" * 200_000, b'{"a":' * 50_000, b"9" * 10_000, b" " * 1_000_000],
+    ids=["not UTF-8", "endless lists", "endless objects", "a long number", "a megabyte of nothing"],
+)
+def test_bytes_that_are_no_answer_are_tried_again(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, raw: bytes
+) -> None:
+    queue.fill(5)
+    cluster.fault(READ, kubernetes.body(raw), times=1)
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
+
+
+def test_a_very_large_deployment_is_read(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    queue.fill(5)
+    edit(cluster, lambda d: d.update(extension=[{"x" * 100: i} for i in range(50_000)]))
+    run = world.run()
+    assert (run.reason, world.replicas) == ("ScaledUp", 3), run
+
+
+# ----------------------------------------------------------------------------------- the counts
+
+
+@pytest.mark.parametrize(
+    "value", [None, -1, -(2**63)], ids=["missing", "negative", "most negative"]
+)
+@pytest.mark.parametrize("what", ["waiting", "busy"])
+def test_a_count_that_is_none_holds_the_replicas(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, value: int | None, what: str
+) -> None:
+    cluster.scale("worker", 3)
+    busy = what == "busy"
+    about_pods = On(
+        "count", where=lambda call: any(op == "in" for _, op, _ in call.filters) is busy
+    )
+    queue.fault(about_pods, CountAs(value))
+    run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0", TIMEOUT_SECONDS="3")
+    assert (run.exit_code, run.reason, world.replicas) == (1, "QueueUnavailable", 3), run
+    assert f"no usable count while counting {what} jobs" in run.record["message"], run
+
+
+@pytest.mark.parametrize("value", [1000, 1001, 2**31, 2**63 - 1])
+def test_a_count_beyond_the_limit_is_that_many_or_more(
+    world: World, queue: FakeFirestore, value: int
+) -> None:
+    queue.fault("count", CountAs(value))
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
+    assert run.record["waitingCapped"] is True and "or more jobs waiting" in run.record["message"]
+
+
+def test_a_count_of_zero_is_zero(world: World, queue: FakeFirestore) -> None:
+    queue.fault("count", CountAs(0))
+    run = world.run()
+    assert (run.exit_code, run.reason, run.record["waiting"]) == (0, "AtTarget", 0), run
+
+
+# ------------------------------------------------------------------------------- pods in pages
+
+PODS = 1_003
+
+
+@pytest.fixture
+def crowd(world: World, cluster: FakeKubernetes, queue: FakeFirestore) -> World:
+    """More pods than two pages hold; the two that are listed last are busy."""
+    cluster.scale("worker", PODS)
+    names = sorted(str(pod["metadata"]["name"]) for pod in cluster.pods("worker"))
+    for name in names[-2:]:
+        queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
+    world.settings = {
+        "BUSY_FILTER": BUSY,
+        "MAX_REPLICAS": str(PODS),
+        "SCALE_DOWN_STEP": "1",
+        "SCALE_DOWN_STABILIZATION_SECONDS": "0",
+    }
+    return world
+
+
+def test_all_pages_of_pods_are_read(crowd: World) -> None:
+    run = crowd.run()
+    assert (run.exit_code, run.reason, crowd.replicas) == (0, "ScaledDown", PODS - 1), run
+    assert run.record["busy"] == 2
+    pages = crowd.cluster.calls(LIST)
+    assert [("continue" in page.query, page.query["limit"]) for page in pages] == [
+        (False, "500"),
+        (True, "500"),
+        (True, "500"),
+    ]
+
+
+def test_a_list_that_expires_between_two_pages_is_begun_afresh(crowd: World) -> None:
+    second = Match("list", "pods", where=lambda request: "continue" in request.query)
+    crowd.cluster.hook(second, lambda _: crowd.cluster.api.forget_pages())
+    run = crowd.run()
+    assert (run.exit_code, run.reason, run.record["busy"]) == (0, "ScaledDown", 2), run
+    assert [page.status for page in crowd.cluster.calls(LIST)] == [200, 410, 200, 200, 200]
+
+
+def test_a_page_that_fails_is_not_left_out(crowd: World) -> None:
+    crowd.cluster.fault(LIST, kubernetes.answer(503), nth=3)
+    run = crowd.run()
+    assert (run.exit_code, run.reason, run.record["busy"]) == (0, "ScaledDown", 2), run
+
+
+def test_pages_without_end_end_with_the_budget(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    page = {"kind": "PodList", "apiVersion": "v1", "metadata": {"continue": "again"}, "items": []}
+    cluster.fault(LIST, kubernetes.body(json.dumps(page).encode()), times=None)
+    run = world.run(BUSY_FILTER=BUSY, TIMEOUT_SECONDS="2")
+    assert (run.exit_code, run.reason, world.replicas) == (1, "ClusterUnavailable", 1), run
+    assert run.seconds <= 4
+
+
+# ----------------------------------------------------------------------------------- the clocks
+
+TEN_MINUTES = timedelta(minutes=10)
+
+
+@pytest.mark.parametrize("offset", [TEN_MINUTES, -TEN_MINUTES], ids=["ahead", "behind"])
+def test_an_api_server_whose_clock_is_off_changes_nothing(
+    queue: FakeFirestore, tmp_path: Path, offset: timedelta
+) -> None:
+    with FakeKubernetes(seed=1, clock=lambda: datetime.now(UTC) + offset) as cluster:
+        cluster.add_deployment("worker", replicas=1)
+        world = World(cluster, queue.host, directory=tmp_path)
+        queue.fill(5)
+        assert [world.run().reason for _ in range(2)] == ["ScaledUp", "AtTarget"]
+        queue.clear()
+        run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0")
+        assert (run.reason, warnings(run)) == ("ScaleDownCooldown", []), run
+
+
+def test_a_scale_from_ten_minutes_ahead_counts_as_absent(
+    world: World, queue: FakeFirestore
+) -> None:
+    """Another node's clock was ahead when it scaled: nobody waits for the future."""
+    queue.fill(5)
+    world.pass_time(600)
+    assert world.run(SCALE_UP_STEP="1").reason == "ScaledUp"
+    world.pass_time(-600)
+    run = world.run(SCALE_UP_STEP="1")
+    assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
+    assert len(warnings(run)) == 1 and "further ahead" in warnings(run)[0], run
+
+
+def test_a_scale_from_less_far_ahead_makes_the_cooldown_no_shorter(
+    world: World, queue: FakeFirestore
+) -> None:
+    queue.fill(5)
+    world.pass_time(100)
+    world.run(SCALE_UP_STEP="1")
+    world.pass_time(-100)
+    run = world.run(SCALE_UP_STEP="1")
+    assert (run.reason, world.replicas) == ("ScaleUpCooldown", 2), run
+
+
+def test_a_scale_from_ten_minutes_behind_is_long_ago(world: World, queue: FakeFirestore) -> None:
+    queue.fill(5)
+    world.pass_time(-600)
+    world.run(SCALE_UP_STEP="1")
+    world.pass_time(600)
+    run = world.run(SCALE_UP_STEP="1")
+    assert (run.reason, world.replicas, warnings(run)) == ("ScaledUp", 3, []), run
+
+
+@pytest.mark.parametrize("ahead", [600, -600], ids=["ahead", "behind"])
+def test_a_history_by_another_clock_holds_no_longer_than_its_window(
+    world: World, cluster: FakeKubernetes, ahead: int
+) -> None:
+    cluster.scale("worker", 3)
+    world.pass_time(ahead)
+    assert world.run().reason == "ScaleDownStabilized"
+    world.pass_time(-ahead)
+    reasons: list[str] = []
+    while world.replicas == 3 and len(reasons) < 10:
+        reasons.append(world.run().reason)
+        world.pass_time()
+    assert reasons[-1] == "ScaledDown" and len(reasons) <= 6, reasons
+
+
+def test_nodes_whose_clocks_differ_by_ten_minutes_take_turns_without_harm(
+    world: World, queue: FakeFirestore
+) -> None:
+    """A minute on one node, a minute on the other: never a failure, never outside the range."""
+    offset = 0
+    for jobs in (0, 5, 5, 0, 0, 5, 0, 0, 0, 0):
+        queue.clear()
+        queue.fill(jobs)
+        world.pass_time(60 + (600 if offset == 0 else -600))
+        offset = 600 - offset
+        run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="60")
+        assert run.exit_code == 0, run
+        assert world.replicas in (1, 2, 3)
+
+
+def test_a_failing_queue_by_another_clock_is_timed_afresh(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    queue.fault("count", Fail(StatusCode.UNKNOWN))
+    fallback = {"FALLBACK_REPLICAS": "2", "FALLBACK_AFTER_SECONDS": "120"}
+    world.pass_time(600)
+    assert world.run(**fallback).reason == "QueueUnavailable"
+    world.pass_time(-600)
+    reasons = []
+    for _ in range(3):
+        reasons.append(world.run(**fallback).reason)
+        world.pass_time()
+    assert reasons == ["QueueUnavailable", "QueueUnavailable", "Fallback"]
+    assert world.replicas == 2

@@ -1,0 +1,363 @@
+"""No token, key, password or kubeconfig in anything that a run writes, whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from grpc import StatusCode  # type: ignore[import-untyped]
+
+from tests.fakes import kubernetes
+from tests.fakes.firestore import Fail, FakeFirestore
+from tests.fakes.kubernetes import FakeKubernetes, Match
+from tests.world import BUSY, Run, World
+
+PIECE = 16  # so many characters of a secret in a row are a leak
+TOKEN = "swordfish-0123456789-ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PASSWORD = "correct-horse-battery-staple"
+
+
+def written(world: World, run: Run) -> str:
+    """All that a run leaves behind: its log, its record, its Events and its annotations."""
+    left = [run.record, world.cluster.events(), world.annotations]
+    return run.stdout + run.stderr + json.dumps(left, ensure_ascii=False)
+
+
+def check(world: World, run: Run, *secrets: str) -> None:
+    assert run.stdout, "the run said something"
+    text = written(world, run)
+    plain = re.sub(r"\\+[nr]|\s", "", text)
+    for secret in secrets:
+        secret = re.sub(r"\s", "", secret)
+        for start in range(max(1, len(secret) - PIECE + 1)):
+            piece = secret[start : start + PIECE]
+            assert piece not in plain, f"{piece} has been written:\n{text}"
+
+
+@pytest.fixture(autouse=True)
+def verbose(world: World, cluster: FakeKubernetes) -> None:
+    """The most talkative run there is, with a token that is easily found."""
+    cluster.add_token("scaler", TOKEN, groups=("system:masters",))
+    world.settings = {"LOG_LEVEL": "DEBUG", "TIMEOUT_SECONDS": "3"}
+
+
+def kubeconfig(world: World, **user: Any) -> dict[str, Any]:
+    path = world.cluster.write_kubeconfig(world.directory / "good", token=TOKEN)
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    if user:
+        config["users"][0]["user"] = user
+    return config
+
+
+def use(world: World, config: Mapping[str, Any] | str) -> None:
+    path = world.directory / "used"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(dict(config)))
+    world.settings["KUBECONFIG"] = str(path)
+
+
+# ------------------------------------------------------------------------------ ordinary paths
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_run_that_scales(world: World, queue: FakeFirestore, log_format: str) -> None:
+    use(world, kubeconfig(world))
+    queue.fill(5)
+    run = world.run(LOG_FORMAT=log_format, BUSY_FILTER=BUSY)
+    assert run.reason == "ScaledUp", run
+    check(world, run, TOKEN)
+    queue.clear()
+    world.pass_time()
+    run = world.run(
+        LOG_FORMAT=log_format,
+        BUSY_FILTER=BUSY,
+        SCALE_DOWN_STABILIZATION_SECONDS="0",
+        SCALE_DOWN_COOLDOWN_SECONDS="0",
+    )
+    assert run.reason == "ScaledDown", run
+    check(world, run, TOKEN)
+
+
+FAULTS = {
+    "400": kubernetes.answer(400),
+    "401": kubernetes.answer(401),
+    "403": kubernetes.answer(403),
+    "404": kubernetes.answer(404),
+    "409": kubernetes.answer(409),
+    "429": kubernetes.answer(429),
+    "500": kubernetes.answer(500),
+    "a hang": kubernetes.hang(),
+    "a reset": kubernetes.reset(),
+    "a cut": kubernetes.cut(),
+    "a drip": kubernetes.drip(0.2),
+    "garbage": kubernetes.garbage(),
+    "endless lists": kubernetes.body(b"[" * 200_000),
+}
+
+
+@pytest.mark.parametrize("verb", ["get", "patch", "create"])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_failing_api_server(
+    world: World, queue: FakeFirestore, fault: kubernetes.Behaviour, verb: str
+) -> None:
+    use(world, kubeconfig(world))
+    queue.fill(5)
+    world.cluster.fault(Match(verb), fault, times=None)
+    check(world, world.run(TIMEOUT_SECONDS="2"), TOKEN)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 422, 500, 503])
+def test_an_answer_that_repeats_the_request_headers(
+    world: World, queue: FakeFirestore, status: int
+) -> None:
+    """As the error pages of some proxies do, for debugging."""
+    use(world, kubeconfig(world))
+    queue.fill(5)
+    echo = f"your request: GET / HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nHost: cluster"
+    for text in (echo, echo.upper(), json.dumps({"headers": {"authorization": f"Bearer {TOKEN}"}})):
+        world.cluster.clear_faults()
+        fault = kubernetes.answer(status, message=text)
+        world.cluster.fault(Match("get"), fault, times=None)
+        check(world, world.run(TIMEOUT_SECONDS="1"), TOKEN, TOKEN.upper())
+
+
+def test_a_queue_that_fails(world: World, queue: FakeFirestore) -> None:
+    use(world, kubeconfig(world))
+    text = f"refused: authorization: Bearer {TOKEN}"
+    queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, text))
+    check(world, world.run(), TOKEN)
+
+
+def test_the_api_server_is_not_there(world: World) -> None:
+    config = kubeconfig(world)
+    config["clusters"][0]["cluster"]["server"] = f"http://scaler:{PASSWORD}@127.0.0.1:9"
+    use(world, config)
+    check(world, world.run(), TOKEN, PASSWORD)
+
+
+@pytest.mark.parametrize("where", ["kubeconfig", "environment"])
+def test_a_proxy_that_is_not_there(world: World, where: str) -> None:
+    proxy = f"http://scaler:{PASSWORD}@127.0.0.1:9"
+    config = kubeconfig(world)
+    if where == "kubeconfig":
+        config["clusters"][0]["cluster"]["proxy-url"] = proxy
+    else:
+        world.settings |= {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "http_proxy": proxy}
+    use(world, config)
+    check(world, world.run(), TOKEN, PASSWORD)
+
+
+def test_a_crash_shows_where_and_not_what(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(world, kubeconfig(world))
+    code = """
+import os, sys, scaler
+def crash(client, *_, **__):
+    raise RuntimeError(f"made by the test, {client.configuration.api_key}")
+scaler.Cluster.__init__ = lambda self, client, *_, **__: crash(client)
+scaler.leave(scaler.main([], os.environ, scaler.utc_now))
+"""
+    python = world.command()[0]
+    monkeypatch.setattr(world, "command", lambda *_: [python, "-c", code])
+    run = world.run()
+    assert run.exit_code == 1 and "made by the test" in run.stdout, run
+    check(world, run, TOKEN)
+
+
+# ------------------------------------------------------------- tokens and kubeconfigs gone wrong
+
+ODD_TOKENS = {
+    "with a line end": f"{TOKEN}\n",
+    "with a line break in it": f"{TOKEN}\nX-Other: {PASSWORD}",
+    "with a carriage return": f"{TOKEN}\r",
+    "with a zero byte": f"{TOKEN}\0",
+    "with a letter that no header takes": f"{TOKEN}é한",
+    "with the word in front": f"Bearer {TOKEN}",
+    "in quotes": f'"{TOKEN}"',
+}
+
+
+@pytest.mark.parametrize("token", ODD_TOKENS.values(), ids=ODD_TOKENS)
+def test_an_odd_token(world: World, token: str) -> None:
+    use(world, kubeconfig(world, token=token))
+    run = world.run()
+    check(world, run, TOKEN, PASSWORD)
+    assert run.exit_code in (0, 1, 2) and world.replicas == 1
+    if run.exit_code:
+        assert run.exit_code == 2, f"a person has to mend the token\n{run}"
+
+
+@pytest.mark.parametrize("token", ODD_TOKENS.values(), ids=ODD_TOKENS)
+def test_an_odd_token_in_a_file(world: World, token: str) -> None:
+    path = world.directory / "token"
+    path.write_text(token)
+    use(world, kubeconfig(world, tokenFile=str(path)))
+    check(world, world.run(), TOKEN, PASSWORD)
+
+
+ODD_KUBECONFIGS: dict[str, Callable[[str], str]] = {
+    "with an open quote": lambda text: text.replace(TOKEN, f'"{TOKEN}'),
+    "with a tab": lambda text: text.replace("token: ", "\ttoken: "),
+    "with an alias": lambda text: text.replace(TOKEN, f"*{TOKEN}"),
+    "with a tag": lambda text: text.replace(TOKEN, f"!{TOKEN} x"),
+    "with an anchor twice": lambda text: text.replace(TOKEN, f"&{TOKEN} *{TOKEN}"),
+    "with a directive": lambda text: f"%{TOKEN}\n{text}",
+    "with a colon": lambda text: text.replace(TOKEN, f"a: b: {TOKEN}"),
+    "with a list for a token": lambda text: text.replace(TOKEN, f"[{TOKEN}]"),
+    "with a map for a token": lambda text: text.replace(TOKEN, f"{{value: {TOKEN}}}"),
+    "with the user's name wrong": lambda text: text.replace("name: fake", "name: other"),
+    "without contexts": lambda text: text.replace("current-context: fake", "current-context: no"),
+    "cut in the middle": lambda text: text[: text.index(TOKEN) + 30],
+    "that is the token only": lambda _: TOKEN,
+    "that is a list": lambda _: f"- {TOKEN}",
+    "with a key that is no base64": lambda text: text.replace(
+        "token: ",
+        f"client-key-data: '{TOKEN}'\n    client-certificate-data: '{TOKEN}'\n    token: ",
+    ),
+    "with a key that is no key": lambda text: text.replace(
+        "token: ",
+        "client-key-data: c3dvcmRmaXNo\n    client-certificate-data: c3dvcmRmaXNo\n    token: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", ODD_KUBECONFIGS.values(), ids=ODD_KUBECONFIGS)
+def test_a_spoilt_kubeconfig(world: World, spoil: Callable[[str], str]) -> None:
+    use(world, spoil(yaml.safe_dump(kubeconfig(world))))
+    check(world, world.run(), TOKEN)
+
+
+def test_a_kubeconfig_where_its_path_should_be(world: World) -> None:
+    text = yaml.safe_dump(kubeconfig(world))
+    for content in (text, json.dumps(yaml.safe_load(text))):
+        world.settings["KUBECONFIG"] = content
+        run = world.run()
+        assert run.exit_code == 2, run
+        check(world, run, TOKEN)
+
+
+def test_a_user_name_and_a_password(world: World) -> None:
+    use(world, kubeconfig(world, username="scaler", password=PASSWORD))
+    run = world.run()
+    assert run.exit_code == 2, run
+    check(world, run, PASSWORD)
+
+
+HELPERS = {
+    "fails": f"echo {TOKEN}; echo {TOKEN} >&2; exit 1",
+    "prints no JSON": f"echo {TOKEN}",
+    "prints another kind": f'echo \'{{"kind": "Other", "status": {{"token": "{TOKEN}"}}}}\'',
+    "prints another version": (
+        'echo \'{"kind": "ExecCredential", "apiVersion": "client.authentication.k8s.io/v0", '
+        f'"status": {{"token": "{TOKEN}"}}}}\''
+    ),
+    "prints a bad time": (
+        'echo \'{"kind": "ExecCredential", "apiVersion": "client.authentication.k8s.io/v1", '
+        f'"status": {{"token": "{TOKEN}", "expirationTimestamp": "never"}}}}\''
+    ),
+}
+
+
+@pytest.mark.parametrize("script", HELPERS.values(), ids=HELPERS)
+def test_a_login_helper_that(world: World, script: str) -> None:
+    helper = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "command": "sh",
+        "args": ["-c", script],
+        "interactiveMode": "Never",
+        "env": [{"name": "HELPER_PASSWORD", "value": PASSWORD}],
+    }
+    use(world, kubeconfig(world, exec=helper))
+    check(world, world.run(), TOKEN, PASSWORD)
+
+
+# --------------------------------------------------------------------------- Google credentials
+
+PEM = (
+    rsa.generate_private_key(65537, 2048)
+    .private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    .decode()
+)
+PEM_BODY = "".join(PEM.splitlines()[1:-1])
+SERVICE_ACCOUNT = {
+    "type": "service_account",
+    "project_id": "some-project",
+    "private_key_id": "1",
+    "private_key": PEM,
+    "client_email": "scaler@some-project.iam.gserviceaccount.com",
+    "token_uri": "http://127.0.0.1:9/token",
+}
+AUTHORIZED_USER = {
+    "type": "authorized_user",
+    "client_id": "client",
+    "client_secret": PASSWORD,
+    "refresh_token": TOKEN,
+    "token_uri": "http://127.0.0.1:9/token",
+}
+
+
+def run_without_emulator(world: World, credentials: str) -> Run:
+    """A run that needs Google credentials, and would go to Google if it could."""
+    environ = world.environment(GOOGLE_APPLICATION_CREDENTIALS=credentials)
+    del environ["FIRESTORE_EMULATOR_HOST"]
+    # Nothing of a run that has been made to fail is to leave this machine.
+    environ |= {"NO_GCE_CHECK": "true", "https_proxy": "http://127.0.0.1:9"}
+    return world.run_with(environ)
+
+
+ODD_CREDENTIALS: dict[str, str] = {
+    "are good, but lead nowhere": json.dumps(SERVICE_ACCOUNT),
+    "are a user's": json.dumps(AUTHORIZED_USER),
+    "are cut": json.dumps(SERVICE_ACCOUNT)[:-700],
+    "are a list": json.dumps([SERVICE_ACCOUNT]),
+    "are the key only": PEM,
+    "have a spoilt key": json.dumps({**SERVICE_ACCOUNT, "private_key": PEM[:-200]}),
+    "have a key without line ends": json.dumps(
+        {**SERVICE_ACCOUNT, "private_key": PEM.replace("\n", " ")}
+    ),
+    "have a key with its line ends escaped twice": json.dumps(
+        {**SERVICE_ACCOUNT, "private_key": PEM.replace("\n", "\\n")}
+    ),
+    "have a list for a key": json.dumps({**SERVICE_ACCOUNT, "private_key": [PEM]}),
+    "are of a type that is none": json.dumps({**SERVICE_ACCOUNT, "type": PEM}),
+    "have the key for an address": json.dumps({**SERVICE_ACCOUNT, "client_email": PEM}),
+    "have no address": json.dumps(
+        {k: v for k, v in SERVICE_ACCOUNT.items() if k != "client_email"}
+    ),
+}
+
+
+@pytest.mark.parametrize("content", ODD_CREDENTIALS.values(), ids=ODD_CREDENTIALS)
+def test_credentials_that(world: World, content: str) -> None:
+    path = world.directory / "credentials.json"
+    path.write_text(content)
+    run = run_without_emulator(world, str(path))
+    assert run.exit_code in (1, 2) and world.replicas == 1, run
+    check(world, run, PEM_BODY, TOKEN, PASSWORD)
+
+
+@pytest.mark.parametrize("content", ODD_CREDENTIALS.values(), ids=ODD_CREDENTIALS)
+def test_credentials_in_place_of_their_path_that(world: World, content: str) -> None:
+    run = run_without_emulator(world, content)
+    assert run.exit_code == 2 and world.replicas == 1, run
+    check(world, run, PEM_BODY, TOKEN, PASSWORD)
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("variable", ["DEPLOYMENT", "NAMESPACE", "MAX_REPLICAS", "WAITING_FILTER"])
+def test_a_secret_that_landed_in_the_wrong_variable(world: World, variable: str) -> None:
+    """Wrong values are shown, as the contract has it, but not what is plainly a secret."""
+    for secret in (PEM, json.dumps(SERVICE_ACCOUNT), f"Bearer {TOKEN}"):
+        run = world.run(**{variable: secret})
+        assert run.exit_code == 2, run
+        check(world, run, PEM_BODY if "KEY" in secret else TOKEN)

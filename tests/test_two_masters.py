@@ -1,0 +1,158 @@
+"""Somebody else sets `spec.replicas`, too: the run says who, and obeys its own rules."""
+
+from __future__ import annotations
+
+import pytest
+from grpc import StatusCode  # type: ignore[import-untyped]
+
+from tests.fakes.firestore import Fail, FakeFirestore
+from tests.fakes.kubernetes import FakeKubernetes, Match
+from tests.world import Run, World
+
+HPA = "kube-controller-manager"
+
+
+def warnings(run: Run) -> list[str]:
+    """What a run says of another master."""
+    return [line for line in run.stdout.splitlines() if "two masters" in line]
+
+
+def set_replicas(cluster: FakeKubernetes, replicas: int, manager: str, subresource: str) -> None:
+    cluster.edit(
+        "deployments",
+        "worker",
+        lambda d: d["spec"].update(replicas=replicas),
+        manager=manager,
+        subresource=subresource,
+    )
+
+
+@pytest.mark.parametrize(
+    ("manager", "subresource", "named"),
+    [
+        (HPA, "scale", "kube-controller-manager through the scale subresource"),
+        ("keda", "scale", "keda through the scale subresource"),
+        ("argocd-controller", "", "argocd-controller at "),
+        ("Helm", "", "Helm at "),
+        ("queue-scaler-of-another-team", "", "queue-scaler-of-another-team at "),
+    ],
+)
+def test_another_master_is_noticed_and_named(
+    world: World,
+    cluster: FakeKubernetes,
+    queue: FakeFirestore,
+    manager: str,
+    subresource: str,
+    named: str,
+) -> None:
+    queue.fill(2)
+    set_replicas(cluster, 2, manager, subresource)
+    run = world.run()
+    assert run.exit_code == 0 and run.reason == "AtTarget", run
+    assert len(warnings(run)) == 1 and named in warnings(run)[0], run
+    assert " WARNING AutoScaler " in warnings(run)[0]
+
+
+@pytest.mark.parametrize(
+    "manager",
+    ["kubectl", "kubectl-edit", "kubectl-scale", "kubectl-client-side-apply", "kubectl-patch"],
+)
+def test_a_persons_kubectl_is_no_master(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, manager: str
+) -> None:
+    queue.fill(2)
+    for subresource in ("", "scale"):
+        set_replicas(cluster, 1, "kubectl", "")
+        set_replicas(cluster, 2, manager, subresource)
+        assert warnings(world.run()) == []
+
+
+def test_the_scaler_does_not_warn_of_itself(world: World, queue: FakeFirestore) -> None:
+    queue.fill(5)
+    assert warnings(world.run()) == []
+    assert warnings(world.run()) == [], "after its own scale"
+
+
+def test_each_takes_its_turn_and_every_run_after_the_other_says_so(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    """An HPA that pulls down what the scaler puts up, minute by minute."""
+    queue.fill(5)
+    said = []
+    for _ in range(3):
+        said.append(bool(warnings(world.run(SCALE_UP_COOLDOWN_SECONDS="0"))))
+        assert world.replicas == 3
+        set_replicas(cluster, 1, HPA, "scale")
+        world.pass_time()
+    assert said == [False, True, True]
+
+
+def test_after_the_scalers_own_scale_the_other_one_is_forgotten(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    set_replicas(cluster, 2, HPA, "scale")
+    queue.fill(5)
+    assert warnings(world.run()), "at the scale itself"
+    assert warnings(world.run()) == []
+
+
+def test_whoever_writes_other_fields_is_no_master(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    queue.fill(1)
+    cluster.edit(
+        "deployments", "worker", lambda d: d["spec"].update(paused=True), manager="rancher"
+    )
+    cluster.edit(
+        "deployments",
+        "worker",
+        lambda d: d["metadata"].update(annotations={"example.com/owner": "a team"}),
+        manager="annotator",
+    )
+    assert warnings(world.run()) == []
+
+
+def test_a_warning_changes_nothing_else(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    """No more calls, the same decision, and the record is the run's, not the warning's."""
+    queue.fill(5)
+    set_replicas(cluster, 2, HPA, "scale")
+    run = world.run()
+    assert (run.reason, run.record["replicas"], world.replicas) == ("ScaledUp", 3, 3)
+    assert "two masters" not in run.record["message"]
+    assert [call.verb for call in cluster.calls()] == ["get", "patch", "create"]
+
+
+def test_the_other_one_is_named_even_where_the_queue_cannot_be_read(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    queue.fault("count", Fail(StatusCode.UNKNOWN))
+    set_replicas(cluster, 2, HPA, "scale")
+    run = world.run()
+    assert run.exit_code == 1 and len(warnings(run)) == 1, run
+
+
+def test_the_other_one_comes_in_between_reading_and_patching(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    """Its write is a conflict, and the decision is made again on what it left."""
+    queue.fill(5)
+    patch = Match("patch", "deployments")
+    cluster.hook(patch, lambda _: set_replicas(cluster, 2, HPA, "scale"))
+    run = world.run()
+    assert (run.exit_code, run.reason, run.record["current"]) == (0, "ScaledUp", 2), run
+    assert world.replicas == 3
+    assert len(warnings(run)) == 1
+
+
+def test_a_deployment_whose_fields_nobody_manages_is_fine(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+) -> None:
+    queue.fill(1)
+    for odd in ([], [{"manager": "old", "operation": "Update"}], None):
+        with cluster.store.lock:
+            stored = cluster.store.objects[("deployments", "default", "worker")]
+            stored["metadata"]["managedFields"] = odd
+        run = world.run()
+        assert run.exit_code == 0 and warnings(run) == [], run

@@ -1,0 +1,192 @@
+"""examples/worker.py, run as processes against the official Firestore emulator.
+
+Its `work` is replaced, as a reader would: here a job is to write its number into a file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.cloud.firestore import Client
+
+from tests.fakes.emulator import Emulator
+from tests.world import BUSY, PROJECT, REPOSITORY, World
+
+# All workers want the first waiting job, and take their time between looking at it and taking it:
+# the worst that chance could do.
+WORKER = """
+import os, random, time, worker
+from google.cloud.firestore import DocumentReference
+
+def work(job):
+    with open(os.environ["LOG"], "a") as log:
+        print(job["number"], worker.POD, file=log)
+    time.sleep(job["seconds"])
+    assert not job.get("broken")
+
+def get(*arguments, **options):
+    found = quick_get(*arguments, **options)
+    time.sleep(0.1)
+    return found
+
+quick_get, DocumentReference.get = DocumentReference.get, get
+random.choice = lambda found: found[0]
+worker.work = work
+worker.main()
+"""
+
+
+class Workers:
+    """Worker processes, each the container of a pod, and what they have worked on."""
+
+    def __init__(self, host: str, log: Path, stack: ExitStack) -> None:
+        self._host, self._log, self._stack = host, log, stack
+        log.touch()
+
+    def start(self, pod: str, **environment: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(REPOSITORY / "examples"),
+                "HOSTNAME": pod,
+                "FIRESTORE_EMULATOR_HOST": self._host,
+                "FIRESTORE_PROJECT": PROJECT,
+                "LOG": str(self._log),
+                **environment,
+            },
+        )
+        self._stack.callback(stop, process)
+        return process
+
+    @property
+    def worked(self) -> list[tuple[int, str]]:
+        """The number of each job and the pod that began it, in the order of beginning."""
+        lines = [line.split() for line in self._log.read_text().splitlines()]
+        return [(int(number), pod) for number, pod in lines]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a worker, if possible not inside a transaction: the emulator would hold its locks."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def workers(emulator: Emulator, tmp_path: Path) -> Iterator[Workers]:
+    with ExitStack() as stack:
+        yield Workers(emulator.host, tmp_path / "log", stack)
+
+
+def fill(jobs: Client, numbers: Iterable[int], *, seconds: float = 0, **fields: object) -> None:
+    for index in numbers:
+        job = {"status": "waiting", "number": index, "seconds": seconds, **fields}
+        jobs.document(f"jobs/{index:03}").set(job)
+
+
+def documents(jobs: Client) -> list[dict[str, Any]]:
+    return [job.to_dict() or {} for job in jobs.collection("jobs").stream()]
+
+
+def statuses(jobs: Client) -> Counter[str]:
+    return Counter(job["status"] for job in documents(jobs))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.05)
+
+
+def test_a_worker_does_the_waiting_jobs_and_leaves_its_name_on_them(
+    workers: Workers, jobs: Client
+) -> None:
+    fill(jobs, range(3))
+    jobs.document("jobs/draft").set({"status": "draft"})
+    workers.start("pod-a")
+    wait_until(lambda: statuses(jobs) == {"done": 3, "draft": 1})
+    assert workers.worked == [(0, "pod-a"), (1, "pod-a"), (2, "pod-a")]
+    assert {job.get("assignedPodId") for job in documents(jobs)} == {"pod-a", None}
+
+
+def test_two_workers_that_want_the_same_job_never_both_take_it(
+    workers: Workers, jobs: Client
+) -> None:
+    workers.start("pod-a")
+    workers.start("pod-b")
+    fill(jobs, range(2), seconds=2)
+    wait_until(lambda: statuses(jobs) == {"processing": 2})  # both are there
+    fill(jobs, range(2, 8))
+    wait_until(lambda: statuses(jobs) == {"done": 8}, seconds=60)
+    times = Counter(number for number, _ in workers.worked)
+    assert times == dict.fromkeys(range(8), 1), "each job was begun once"
+    assert {pod for _, pod in workers.worked} == {"pod-a", "pod-b"}, "and both had some"
+
+
+def test_the_scaler_leaves_the_pod_of_a_worker_at_work(
+    workers: Workers, jobs: Client, emulated: World
+) -> None:
+    emulated.cluster.scale("worker", 3)
+    pods = [pod["metadata"]["name"] for pod in emulated.cluster.pods("worker")]
+    fill(jobs, range(1), seconds=5)
+    workers.start("node-a", POD_NAME=pods[1])
+    wait_until(lambda: statuses(jobs) == {"processing": 1})
+    run = emulated.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
+    assert (run.record["busy"], run.reason) == (1, "ScaledDown"), run
+    assert [pod["metadata"]["name"] for pod in emulated.cluster.pods("worker")] == [pods[1]], run
+
+
+def test_on_sigterm_a_worker_finishes_what_it_holds_and_claims_no_more(
+    workers: Workers, jobs: Client
+) -> None:
+    fill(jobs, range(3), seconds=2)
+    process = workers.start("pod-a")
+    wait_until(lambda: bool(workers.worked))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert workers.worked == [(0, "pod-a")]
+    assert statuses(jobs) == {"done": 1, "waiting": 2}
+
+
+def test_on_sigterm_an_idle_worker_ends_at_once(workers: Workers, jobs: Client) -> None:
+    process = workers.start("pod-a")
+    fill(jobs, range(1))
+    wait_until(lambda: statuses(jobs) == {"done": 1})
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
+
+
+def test_a_job_that_fails_does_not_keep_its_pod(workers: Workers, jobs: Client) -> None:
+    fill(jobs, range(1), broken=True)
+    workers.start("pod-a")
+    wait_until(lambda: statuses(jobs) == {"failed": 1})
+    fill(jobs, range(2))
+    wait_until(lambda: statuses(jobs) == {"done": 2})
+
+
+def test_a_container_that_was_killed_gives_back_what_it_held_when_it_starts_again(
+    workers: Workers, jobs: Client
+) -> None:
+    fill(jobs, range(1), seconds=2)
+    jobs.document("jobs/of-another").set({"status": "processing", "assignedPodId": "pod-b"})
+    first = workers.start("pod-a")
+    wait_until(lambda: bool(workers.worked))
+    first.kill()
+    workers.start("pod-a")
+    wait_until(lambda: statuses(jobs) == {"done": 1, "processing": 1})
+    assert workers.worked == [(0, "pod-a"), (0, "pod-a")]
