@@ -930,69 +930,62 @@ class JobQueue:
 
         Raises QueueFailure.
         """
-        limit = self._settings.count_limit
-        waiting = self._count("counting waiting jobs", self._where(self._settings.waiting_filter))
+        settings, doing = self._settings, "counting waiting jobs"
+        waiting = self._ask(doing, self._count, settings.waiting_filter)
+        capped = waiting >= settings.count_limit
         if pod_names is None:
-            return Queue(waiting, waiting >= limit)
-        busy = sum(
-            self._count("counting busy jobs", query) for query in self._busy_queries(pod_names)
-        )
-        return Queue(waiting, waiting >= limit, busy)
+            return Queue(waiting, capped)
+        doing, batches = "counting busy jobs", self._busy_filters(pod_names)
+        return Queue(waiting, capped, sum(self._ask(doing, self._count, b) for b in batches))
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
         """Which of these pods hold a busy job. Raises QueueFailure."""
-        pod_field = api_field_path(self._settings.busy_pod_field)
-        busy: set[str] = set()
-        for query in self._busy_queries(pod_names):
-            found = self._ask(
-                "reading which pods are busy", self._names_in(query.select([pod_field]), pod_field)
-            )
-            busy.update(found)
-        return busy
+        doing, batches = "reading which pods are busy", self._busy_filters(pod_names)
+        return {name for batch in batches for name in self._ask(doing, self._pods_of, batch)}
 
-    def _where(self, conditions: Iterable[Filter]) -> Any:
-        from google.cloud.firestore import FieldFilter
-
-        path = self._settings.queue_collection
-        by_group = self._settings.queue_collection_group
-        start = self._client.collection_group if by_group else self._client.collection
-        query: Any = start(path)
-        for one in conditions:
-            name = api_field_path(one.field)
-            query = query.where(filter=FieldFilter(name, one.op, one.value))
-        return query
-
-    def _busy_queries(self, pod_names: Sequence[str]) -> Iterator[Any]:
-        """One query for as many pods as Firestore takes in an `in`: 30, shared with the lists in
-        BUSY_FILTER, as the limit is on the product of them all."""
+    def _busy_filters(self, pod_names: Sequence[str]) -> Iterator[list[Filter]]:
+        """The filters for as many pods as Firestore takes in an `in`: 30, shared with the lists
+        in BUSY_FILTER, as the limit is on the product of them all."""
         conditions = self._settings.busy_filter or ()
         lists = [len(f.value) for f in conditions if f.op in ("in", "array_contains_any")]
         batch = max(1, IN_VALUES // math.prod(lists))
         for start in range(0, len(pod_names), batch):
             names = list(pod_names[start : start + batch])
-            yield self._where([*conditions, Filter(self._settings.busy_pod_field, "in", names)])
+            yield [*conditions, Filter(self._settings.busy_pod_field, "in", names)]
 
-    def _count(self, doing: str, query: Any) -> int:
-        counting: Any = query.limit(self._settings.count_limit).count(alias="jobs")
+    def _where(self, conditions: Iterable[Filter]) -> Any:
+        from google.cloud.firestore import FieldFilter
 
-        def count_once(timeout: float) -> int:
-            results = [row for rows in counting.get(retry=never(), timeout=timeout) for row in rows]
-            # The client gives a count of zero as 0.0.
-            counts = [int(row.value) for row in results if row.value >= 0]
-            if len(counts) != 1:
-                problem = f"Firestore gave no usable count while {doing}"
-                raise QueueFailure("QueueUnavailable", problem)
-            return counts[0]
+        by_group = self._settings.queue_collection_group
+        start = self._client.collection_group if by_group else self._client.collection
+        query: Any = start(self._settings.queue_collection)
+        for one in conditions:
+            name = api_field_path(one.field)
+            query = query.where(filter=FieldFilter(name, one.op, one.value))
+        return query
 
-        return self._ask(doing, count_once)
+    def _count(self, conditions: Sequence[Filter], timeout: float) -> int:
+        query = self._where(conditions).limit(self._settings.count_limit).count(alias="jobs")
+        results = [row for rows in query.get(retry=never(), timeout=timeout) for row in rows]
+        # The client gives a count of zero as 0.0.
+        counts = [int(row.value) for row in results if row.value >= 0]
+        if len(counts) != 1:
+            problem = f"Firestore gave no usable count while {self._progress.stage}"
+            raise QueueFailure("QueueUnavailable", problem)
+        return counts[0]
 
-    def _names_in(self, query: Any, pod_field: str) -> Callable[[float], set[str]]:
-        return lambda timeout: {
-            str(document.get(pod_field))
-            for document in query.stream(retry=never(), timeout=timeout)
-        }
+    def _pods_of(self, conditions: Sequence[Filter], timeout: float) -> set[str]:
+        field = api_field_path(self._settings.busy_pod_field)
+        query = self._where(conditions).select([field])
+        return {str(job.get(field)) for job in query.stream(retry=never(), timeout=timeout)}
 
-    def _ask(self, doing: str, question: Callable[[float], T]) -> T:
+    def _ask(
+        self,
+        doing: str,
+        question: Callable[[Sequence[Filter], float], T],
+        conditions: Sequence[Filter],
+    ) -> T:
+        """Put a question, with retries: what it is about, and a timeout in seconds."""
         from google.api_core.exceptions import GoogleAPIError
         from google.auth.exceptions import GoogleAuthError
 
@@ -1000,10 +993,14 @@ class JobQueue:
             self._progress.enter(doing, "QueueUnavailable")
             started = time.monotonic()
             try:
-                answer = question(self._budget.for_call())
+                answer = question(conditions, self._budget.for_call())
             except (GoogleAPIError, GoogleAuthError) as error:
                 LOG.debug("%s failed after %.3f s", doing, time.monotonic() - started)
                 raise queue_failure(doing, error) from error
+            except (ValueError, TypeError) as error:
+                # A number of more than 64 bits in a filter, say: the client cannot encode it.
+                problem = f"the query cannot be sent: {brief(error)}; {ADVICE['INVALID_ARGUMENT']}"
+                raise QueueFailure("QueueUnavailable", problem, exit_code=2) from error
             LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
             return answer
 

@@ -58,6 +58,12 @@ class Scaler:
         return decision.replicas
 
 
+def windows_of(up: int, down: int) -> Settings:
+    return replace(
+        ANY_NUMBER, scale_up_stabilization_seconds=up, scale_down_stabilization_seconds=down
+    )
+
+
 windows = st.sampled_from([0, 1, 59, 60, 61, 120, 300])
 # Gaps that meet the windows' ends exactly, and any others.
 gaps = st.sampled_from([0, 1, 59, 60, 60, 60, 61, 120, 299, 300, 301]) | st.integers(0, 400)
@@ -74,11 +80,7 @@ def test_any_sequence_gets_the_numbers_that_the_hpa_gives(
 ) -> None:
     """Each run starts where the HPA's left the replicas. At rest we keep nothing, so from there
     both start afresh, as a restarted HPA controller would."""
-    ours = Scaler(
-        replace(
-            ANY_NUMBER, scale_up_stabilization_seconds=up, scale_down_stabilization_seconds=down
-        )
-    )
+    ours = Scaler(windows_of(up, down))
     hpa = Hpa(up, down)
     now, current = int(START.timestamp()), first
     for gap, desired in steps:
@@ -98,11 +100,7 @@ def test_without_the_fresh_start_ours_is_never_earlier(
     up: int, down: int, first: int, steps: list[tuple[int, int]]
 ) -> None:
     """Against an HPA that never forgets: we remove no pod that it would keep."""
-    ours = Scaler(
-        replace(
-            ANY_NUMBER, scale_up_stabilization_seconds=up, scale_down_stabilization_seconds=down
-        )
-    )
+    ours = Scaler(windows_of(up, down))
     hpa = Hpa(up, down)
     now, current = int(START.timestamp()), first
     for gap, desired in steps:
@@ -122,11 +120,7 @@ def test_without_the_fresh_start_ours_is_never_earlier(
 def test_the_history_is_bounded_whatever_the_windows(
     steps: list[tuple[int, int]], down: int, up: int
 ) -> None:
-    ours = Scaler(
-        replace(
-            ANY_NUMBER, scale_up_stabilization_seconds=up, scale_down_stabilization_seconds=down
-        )
-    )
+    ours = Scaler(windows_of(up, down))
     now = int(START.timestamp())
     for gap, desired in steps:
         now += gap
