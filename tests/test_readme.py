@@ -439,7 +439,7 @@ def test_kubectl_does_what_the_page_tells_it(command: str, tmp_path: Path) -> No
 
 @needs_kubectl
 def test_the_run_that_is_only_tried_is_a_dry_one(tmp_path: Path) -> None:
-    command = next(c for c in commands(ENGLISH) if "queue-scaler-try " in c and "DRY_RUN" in c)
+    command = next(c for c in commands(ENGLISH) if "scale-try " in c and "DRY_RUN" in c)
     with for_kubectl() as cluster:
         done = typed(command.rpartition(" | ")[0], cluster, tmp_path)
     job = yaml.safe_load(done.stdout)
