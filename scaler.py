@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -35,6 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from google.cloud.firestore import Client
     from kubernetes.client import ApiClient
     from tenacity import RetryCallState, Retrying
@@ -905,6 +908,7 @@ ADVICE = {
     "FAILED_PRECONDITION": "if an index is missing, create it with the link above",
 }
 IN_VALUES = 30
+WAITING = "counting waiting jobs"
 
 
 def queue_failure(doing: str, error: Exception) -> QueueFailure:
@@ -924,15 +928,23 @@ class JobQueue:
     def __init__(self, settings: Settings, client: Client, budget: Budget, progress: Progress):
         self._settings, self._client = settings, client
         self._budget, self._progress = budget, progress
+        self._begun: Future[int] | None = None
+
+    def begin(self) -> None:
+        """Begin to count the waiting jobs, for the first `read`, in a thread of its own."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._begun = ThreadPoolExecutor(1).submit(self._waiting)
 
     def read(self, pod_names: Sequence[str] | None) -> Queue:
         """Count the waiting jobs and, given the live pods' names, their busy jobs.
 
         Raises QueueFailure.
         """
-        settings, doing = self._settings, "counting waiting jobs"
-        waiting = self._ask(doing, self._count, settings.waiting_filter)
-        capped = waiting >= settings.count_limit
+        self._progress.enter(WAITING, "QueueUnavailable")
+        begun, self._begun = self._begun, None
+        waiting = begun.result() if begun else self._waiting()
+        capped = waiting >= self._settings.count_limit
         if pod_names is None:
             return Queue(waiting, capped)
         doing, batches = "counting busy jobs", self._busy_filters(pod_names)
@@ -964,14 +976,16 @@ class JobQueue:
             query = query.where(filter=FieldFilter(name, one.op, one.value))
         return query
 
+    def _waiting(self) -> int:
+        return self._ask(WAITING, self._count, self._settings.waiting_filter)
+
     def _count(self, conditions: Sequence[Filter], timeout: float) -> int:
         query = self._where(conditions).limit(self._settings.count_limit).count(alias="jobs")
         results = [row for rows in query.get(retry=never(), timeout=timeout) for row in rows]
         # The client gives a count of zero as 0.0.
         counts = [int(row.value) for row in results if row.value >= 0]
         if len(counts) != 1:
-            problem = f"Firestore gave no usable count while {self._progress.stage}"
-            raise QueueFailure("QueueUnavailable", problem)
+            raise LookupError("no usable count")
         return counts[0]
 
     def _pods_of(self, conditions: Sequence[Filter], timeout: float) -> set[str]:
@@ -1001,6 +1015,9 @@ class JobQueue:
                 # A number of more than 64 bits in a filter, say: the client cannot encode it.
                 problem = f"the query cannot be sent: {brief(error)}; {ADVICE['INVALID_ARGUMENT']}"
                 raise QueueFailure("QueueUnavailable", problem, exit_code=2) from error
+            except LookupError as error:
+                problem = f"Firestore gave {brief(error)} while {doing}"
+                raise QueueFailure("QueueUnavailable", problem) from error
             LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
             return answer
 
@@ -1836,14 +1853,15 @@ def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporte
     # The clients give up a little before the watchdog would, as they can say more.
     total = settings.timeout_seconds
     budget = Budget(progress.started + total - min(1.0, total / 10), min(10.0, total / 3))
-    world = World(
-        settings,
-        open_cluster(settings, environ, budget, progress),
-        cache(lambda: open_queue(settings, budget, progress)),
-        reporter.now,
-        progress,
-    )
-    return run(world)
+    # The waiting jobs are counted while the Kubernetes client loads, which takes as long; imports
+    # would let another thread have its turn only every 5 ms. What fails here fails again, and is
+    # reported, if the queue is asked for.
+    sys.setswitchinterval(0.0005)
+    queue = cache(lambda: open_queue(settings, budget, progress))
+    with suppress(QueueFailure):
+        queue().begin()
+    cluster = open_cluster(settings, environ, budget, progress)
+    return run(World(settings, cluster, queue, reporter.now, progress))
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import ANNOTATION, LAST_SCALE, LAST_SCALE_TIME, read_time, recall, write_time
-from tests.fakes.firestore import FakeFirestore
+from tests.fakes.firestore import FakeFirestore, Hang
 from tests.world import START, World
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
@@ -185,10 +185,12 @@ def test_a_pause_is_obeyed_and_its_end_too(
     assert world.replicas == 3, "back in the range, or up to the queue"
 
 
-def test_a_paused_run_reads_no_queue(world: World, queue: FakeFirestore) -> None:
+def test_a_paused_run_does_not_wait_for_the_queue(world: World, queue: FakeFirestore) -> None:
     world.cluster.annotate("worker", **{scaler.PAUSED: "true"})
-    assert world.run().reason == "Paused"
-    assert queue.calls == [] and len(world.cluster.requests) == 1
+    queue.fault("count", Hang())
+    run = world.run()
+    assert (run.exit_code, run.reason) == (0, "Paused"), run
+    assert run.seconds < 10 and len(world.cluster.requests) == 1
 
 
 def test_a_dry_run_decides_and_changes_nothing(world: World, queue: FakeFirestore) -> None:
