@@ -948,11 +948,13 @@ class JobQueue:
         if pod_names is None:
             return Queue(waiting, capped)
         doing, batches = "counting busy jobs", self._busy_filters(pod_names)
+        self._progress.enter(doing, "QueueUnavailable")
         return Queue(waiting, capped, sum(self._ask(doing, self._count, b) for b in batches))
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
         """Which of these pods hold a busy job. Raises QueueFailure."""
         doing, batches = "reading which pods are busy", self._busy_filters(pod_names)
+        self._progress.enter(doing, "QueueUnavailable")
         return {name for batch in batches for name in self._ask(doing, self._pods_of, batch)}
 
     def _busy_filters(self, pod_names: Sequence[str]) -> Iterator[list[Filter]]:
@@ -1004,7 +1006,6 @@ class JobQueue:
         from google.auth.exceptions import GoogleAuthError
 
         def once() -> T:
-            self._progress.enter(doing, "QueueUnavailable")
             started = time.monotonic()
             try:
                 answer = question(conditions, self._budget.for_call())
@@ -1525,8 +1526,8 @@ def attempt(world: World, unsettled: list[Sent]) -> Outcome:
 
 
 def observe(world: World, deployment: Deployment, seen: Observed) -> tuple[Observed, Decision]:
-    """Read what the decision needs, and no more: nothing of the queue where a person or the range
-    decides, no documents unless a scale-down is about to happen.
+    """Read what the decision needs, and no more: the queue is not waited for where a person or the
+    range decides, and no document is read unless a scale-down is about to happen.
 
     Raises QueueFailure, ClusterFailure.
     """

@@ -734,6 +734,12 @@ def stop_at(scene: Scene, call: Call, by: signal.Signals = signal.SIGTERM) -> Ru
         scene.cluster.hook(call.on, lambda _: arrived.set())
     elif call.after_marking:
         scene.cluster.hook(MARK_DONE, lambda _: hang_queue(scene, call.on, arrived), "after")
+    elif call is WAITING:
+        # Begun before the cluster is read, and waited for once the pods are listed.
+        hang_queue(scene, call.on, threading.Event())
+        scene.cluster.hook(
+            Match("list", "pods"), lambda _: threading.Timer(0.5, arrived.set).start(), "after"
+        )
     else:
         hang_queue(scene, call.on, arrived)
     return terminate(scene, arrived, by)
