@@ -9,12 +9,22 @@ runs left in the Deployment's annotations, decides, sets `spec.replicas`, says w
     Firestore ────▶ waiting, busy ──────────┼──▶ decide() ──▶ apply ──▶ report ──▶ exit code
     clock ────────▶ now ────────────────────┘    (pure)
 
+This is one look. With POLLING_INTERVAL_SECONDS a run looks again and again until its time is up.
 Every setting is an environment variable; `scaler.py --help` lists them. Exit codes: 0, the run did
 its work; 1, the queue or the cluster did not answer and nothing was shrunk; 2, a person has to
 change something first.
 """
 
+# ruff: noqa: E402 - the signals come before all other imports
 from __future__ import annotations
+
+import signal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+if __name__ == "__main__":
+    # First of all: process 1 of a container has no default handlers, so that a signal that is not
+    # blocked yet would be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 import gc
 import json
@@ -22,7 +32,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -30,8 +39,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
-from functools import cache
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -42,7 +50,7 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
     from tenacity import RetryCallState, Retrying
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # fmt: off
 Reason = Literal[
@@ -65,15 +73,16 @@ PAUSED = ANNOTATION + "paused"
 PAUSED_REPLICAS = ANNOTATION + "paused-replicas"
 PAUSED_SCALE_IN = ANNOTATION + "paused-scale-in"
 PAUSED_SCALE_OUT = ANNOTATION + "paused-scale-out"
+PAUSED_UNTIL = ANNOTATION + "paused-until"
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 
 LOG = logging.getLogger("queue-scaler")
 
 
 class Failure(Exception):
-    """Why a run ends without the change it wanted: a reason, a sentence for people, an exit code.
+    """Why a look ends without the change it wanted: a reason, a sentence for people, an exit code.
 
-    `transient` marks what can get better by itself and is tried again within the budget, not
+    `transient` marks what can get better by itself and is tried again before the deadline, not
     before `retry_after` seconds have passed.
     """
 
@@ -97,44 +106,19 @@ class QueueFailure(Failure):
 
 
 class ClusterFailure(Failure):
-    """The API server did not do what was asked; `status` is its HTTP status, 0 for none."""
+    """The API server did not do what was asked; `status` is its HTTP status, 0 for none.
+
+    `read_again` is true where the Deployment has to be read again before anything else is done:
+    it changed since it was read (409), or it is not known whether our patch changed it.
+    """
 
     status = 0
-
-
-class Interfered(ClusterFailure):
-    """The Deployment has to be read again before anything else is done: it changed since it was
-    read (409), or nobody knows whether our patch changed it."""
-
-    @property
-    def may_have_landed(self) -> bool:
-        """An API server that says 4xx did nothing; a 5xx, or no answer at all, can be either."""
-        return not 400 <= self.status < 500
+    read_again = False
 
 
 # ---------------------------------------------------------------------------------- settings
 
-
-@dataclass(frozen=True)
-class Step:
-    """The most pods that one scale may add or remove: a count of pods, or a percentage."""
-
-    value: int
-    percent: bool
-
-    def __str__(self) -> str:
-        return f"{self.value}%" if self.percent else str(self.value)
-
-
-@dataclass(frozen=True)
-class Filter:
-    """One condition that a job's document has to meet, in the words of a Firestore query."""
-
-    field: str
-    op: str
-    value: Any
-
-
+Filter = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
 OPERATORS = {
     **{op: op for op in ("==", "!=", "<", "<=", ">", ">=", "in", "not-in")},
     # The web and the Python clients spell these two differently; people copy from both.
@@ -142,15 +126,16 @@ OPERATORS = {
     **{op: op for op in ("array_contains", "array_contains_any")},
 }
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
+MAP_DEPTH = 20  # how deep Firestore lets values be nested
 
 
 def quoted(value: object) -> str:
     """A value as an error shows it: quoted, and cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
-def text(raw: str) -> str:
+def non_empty(raw: str) -> str:
     if not raw.strip():
         raise ValueError("expected a name, not an empty one")
     return raw.strip()
@@ -162,7 +147,7 @@ def object_name(raw: str) -> str:
     return raw
 
 
-def whole(least: int, most: int, unit: str) -> Callable[[str], int]:
+def bounded_integer(least: int, most: int, unit: str) -> Callable[[str], int]:
     def parse(raw: str) -> int:
         if not re.fullmatch(r"\s*[0-9]{1,10}\s*", raw) or not least <= int(raw) <= most:
             raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
@@ -172,28 +157,30 @@ def whole(least: int, most: int, unit: str) -> Callable[[str], int]:
 
 
 INT32_MAX = 2**31 - 1  # what Kubernetes takes for replicas, and Firestore for a limit
-replica_count = whole(0, INT32_MAX, "pods")
-positive = whole(1, INT32_MAX, "pods or jobs")
-seconds = whole(0, 31_536_000, "seconds")
+replica_count = bounded_integer(0, INT32_MAX, "pods")
+positive = bounded_integer(1, INT32_MAX, "pods or jobs")
+seconds = bounded_integer(0, 31_536_000, "seconds")
+window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
 
 
-def flag(raw: str) -> bool:
+def boolean(raw: str) -> bool:
     if raw.strip().lower() not in ("true", "false"):
         raise ValueError("expected true or false")
     return raw.strip().lower() == "true"
 
 
-def step(raw: str) -> Step:
-    match = re.fullmatch(r"\s*([0-9]{1,9})(%?)\s*", raw)
-    if not match:
+def step(raw: str) -> str:
+    if not re.fullmatch(r"[0-9]{1,9}%?", raw.strip()):
         raise ValueError("expected a number of pods such as 2, or a percentage such as 50%")
-    return Step(int(match[1]), match[2] == "%")
+    return raw.strip()
 
 
 def collection(raw: str) -> str:
     segments = raw.strip().strip("/").split("/")
-    if not all(segments):
-        raise ValueError("expected a collection path such as jobs, with no empty segment")
+    if not all(segment and segment == segment.strip() for segment in segments):
+        raise ValueError(
+            "expected a collection path such as jobs, with no empty segment and no space around one"
+        )
     if len(segments) % 2 == 0:
         raise ValueError(
             f"expected a collection path such as jobs or tenants/acme/jobs (an odd number of "
@@ -203,8 +190,18 @@ def collection(raw: str) -> str:
 
 
 def field_path(raw: str) -> str:
-    if not all(part.strip() for part in raw.split(".")):
-        raise ValueError("expected the name of a field, such as assignedPodId or worker.pod")
+    """A field's name, or a path of names with dots between; `raw` comes with backquotes as the
+    API takes them, or without any. A space around a name would match nothing, for ever."""
+    name = r"(?:[A-Za-z_][A-Za-z_0-9]*|`(?:[^`\\]|\\.)+`)"
+    if "`" in raw:
+        right = bool(re.fullmatch(rf"{name}(?:\.{name})*", raw))
+    else:
+        right = all(part and part == part.strip() for part in raw.split("."))
+    if not right:
+        raise ValueError(
+            "expected the name of a field, such as status or worker.pod, with no empty part and "
+            "no space around one"
+        )
     return raw
 
 
@@ -226,15 +223,17 @@ def filters(raw: str) -> tuple[Filter, ...]:
         raise ValueError(f"{form}; this is not JSON") from None
     if not isinstance(triples, list):
         raise ValueError(form)
-    return tuple(one_filter(triple, form) for triple in triples)
+    return tuple(parse_filter(triple, form) for triple in triples)
 
 
-def one_filter(triple: object, form: str) -> Filter:
+def parse_filter(triple: object, form: str) -> Filter:
     if not (isinstance(triple, list) and len(triple) == 3):
         raise ValueError(f"{form}; {quoted(triple)} is not such a triple")
     name, op, value = triple
-    if not (isinstance(name, str) and all(name.split("."))):
-        raise ValueError(f"{form}; {quoted(name)} is not a field path")
+    try:
+        field_path(name if isinstance(name, str) else "")
+    except ValueError as error:
+        raise ValueError(f"{form}; {quoted(name)} is not a field path: {error}") from None
     if not (isinstance(op, str) and op in OPERATORS):
         raise ValueError(
             f"{form}; {quoted(op)} is not one of the operators ==, !=, <, <=, >, >=, in, not-in, "
@@ -246,7 +245,101 @@ def one_filter(triple: object, form: str) -> Filter:
         raise ValueError(f"{form}; {op} takes a list of 1 to {most} values, not {quoted(value)}")
     if op not in ("==", "!=") and (value is None or value != value):
         raise ValueError(f"{form}; null goes with == and != only, not with {op}")
-    return Filter(name, op, value)
+    if not encodable(value):
+        raise ValueError(
+            f"{form}; {quoted(value)} cannot be sent: whole numbers have at most 64 bits, text is "
+            f"Unicode, and values are nested at most {MAP_DEPTH} deep"
+        )
+    return name, op, value
+
+
+def encodable(value: object, depth: int = 0) -> bool:
+    """Whether a value from JSON has a form in Firestore."""
+    if isinstance(value, list | dict):
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return depth < MAP_DEPTH and all(encodable(one, depth + 1) for one in inner)
+    if isinstance(value, str):
+        return not re.search(r"[\ud800-\udfff]", value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+@dataclass(frozen=True)
+class ScheduledMinimum:
+    """Hours of the week with a higher minimum: pods, days from Monday (0) on, minutes of the day
+    in local time. `end` is not included; one before `begin` is on the next day."""
+
+    text: str
+    replicas: int
+    days: frozenset[int]
+    begin: int
+    end: int
+    timezone: tzinfo
+
+    def in_force(self, now: datetime) -> bool:
+        local = now.astimezone(self.timezone)
+        minute, day = local.hour * 60 + local.minute, local.weekday()
+        if self.begin < self.end:
+            return day in self.days and self.begin <= minute < self.end
+        yesterday = (day - 1) % 7
+        return (day in self.days and minute >= self.begin) or (
+            yesterday in self.days and minute < self.end
+        )
+
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
+def scheduled_minimums(raw: str) -> tuple[ScheduledMinimum, ...]:
+    """Hours in the syntax of kube-downscaler, each with its number of pods in front."""
+    return tuple(scheduled_minimum(part) for part in raw.split(";"))
+
+
+def scheduled_minimum(part: str) -> ScheduledMinimum:
+    words = part.split()
+    if len(words) != 4:
+        raise ValueError(
+            f"{quoted(part.strip())} is not PODS DAYS HOURS TIMEZONE, "
+            "such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
+        )
+    try:
+        begin, end = day_minutes(words[2])
+        days, timezone = weekdays(words[1]), time_zone(words[3])
+        return ScheduledMinimum(
+            " ".join(words), replica_count(words[0]), days, begin, end, timezone
+        )
+    except ValueError as error:
+        raise ValueError(f"{quoted(part.strip())}: {error}") from None
+
+
+def weekdays(word: str) -> frozenset[int]:
+    first, dash, last = word.lower().partition("-")
+    if first not in WEEKDAYS or (dash and last not in WEEKDAYS):
+        raise ValueError(f"{quoted(word)}: expected a day or a range of days, as Sat or Mon-Fri")
+    begin = WEEKDAYS.index(first)
+    length = (WEEKDAYS.index(last) - begin) % 7 if dash else 0
+    return frozenset((begin + number) % 7 for number in range(length + 1))
+
+
+def day_minutes(word: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{2}):([0-5][0-9])-([0-9]{2}):([0-5][0-9])", word)
+    begin, end = (
+        (int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4]))
+        if (match)
+        else (0, 0)
+    )
+    if not match or begin >= 24 * 60 or end > 24 * 60 or begin == end:
+        raise ValueError(f"{quoted(word)}: expected hours from 00:00 to 24:00, as 07:30-20:00")
+    return begin, end
+
+
+def time_zone(name: str) -> tzinfo:
+    # Only for those who use it: every import is paid 1,440 times a day.
+    from zoneinfo import ZoneInfo
+
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
+        raise ValueError(f"{quoted(name)}: expected a time zone, as Asia/Seoul or UTC") from None
 
 
 def setting(parse: Callable[[str], Any], default: str | None, meaning: str, shown: str = "") -> Any:
@@ -278,13 +371,13 @@ class Settings:
         object_name, None, "its namespace",
         "the pod's own; outside a cluster, the kubeconfig context's")
     firestore_project: str | None = setting(
-        text, None, "Google Cloud project", "from the credentials")
-    firestore_database: str = setting(text, "(default)", "database id")
+        non_empty, None, "Google Cloud project", "from the credentials")
+    firestore_database: str = setting(non_empty, "(default)", "database id")
     queue_collection: str = setting(
         collection, None,
         "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
     queue_collection_group: bool = setting(
-        flag, "false", "true: count every collection of that id, wherever it lies")
+        boolean, "false", "true: count every collection of that id, wherever it lies")
     waiting_filter: tuple[Filter, ...] = setting(
         filters, '[["status", "==", "waiting"]]',
         "JSON list of Firestore filters [field, op, value], all of which a waiting job meets; "
@@ -296,36 +389,44 @@ class Settings:
     min_replicas: int = setting(
         replica_count, "1", "lower end of the range, in pods; 0 scales to zero")
     max_replicas: int = setting(positive, "3", "upper end of the range, in pods")
+    scheduled_min_replicas: tuple[ScheduledMinimum, ...] | None = setting(
+        scheduled_minimums, None,
+        "hours with a higher minimum, separated by ;, each PODS DAYS HOURS TIMEZONE, such as "
+        "5 Mon-Fri 07:30-20:00 Asia/Seoul", "unset")
     jobs_per_pod: int = setting(positive, "1", "target jobs a pod, waiting and busy together")
     scale_up_cooldown_seconds: int = setting(
         seconds, "120", "least time from a scale-up to the next scale-up")
     scale_down_cooldown_seconds: int = setting(
         seconds, "300", "least time from any scale to a scale-down")
     scale_up_stabilization_seconds: int = setting(
-        seconds, "0", "window as in the HPA's behavior.scaleUp")
+        window_seconds, "0", "window as in the HPA's behavior.scaleUp, at most 3600")
     scale_down_stabilization_seconds: int = setting(
-        seconds, "300", "window as in the HPA's behavior.scaleDown")
-    scale_up_step: Step | None = setting(
+        window_seconds, "300", "window as in the HPA's behavior.scaleDown, at most 3600")
+    scale_up_step: str | None = setting(
         step, None, "most pods added in one scale, as 2 or 50%; 0 switches scale-up off",
         "unset: no limit")
-    scale_down_step: Step | None = setting(
+    scale_down_step: str | None = setting(
         step, None, "most pods removed in one scale, as 2 or 50%; 0 switches scale-down off",
         "unset: no limit")
     fallback_replicas: int | None = setting(
         replica_count, None, "floor held when the queue stays unreadable; it only ever adds pods",
         "unset: hold")
     fallback_after_seconds: int = setting(seconds, "180", "how long unreadable before that")
+    polling_interval_seconds: int | None = setting(
+        seconds, None, "look again every so many seconds, 1 or more and less than TIMEOUT_SECONDS",
+        "unset: one look a run")
     timeout_seconds: int = setting(
-        whole(1, 3600, "seconds"), "45", "budget of the whole run, retries included")
+        bounded_integer(1, 3600, "seconds"), "45",
+        "budget of the whole run, retries and looks included")
     dry_run: bool = setting(
-        flag, "false", "decide and report, change nothing (--dry-run does the same)")
+        boolean, "false", "decide and report, change nothing (--dry-run does the same)")
     log_level: str = setting(
         choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: str = setting(
         choice("text", "json"), "text",
         "json: one JSON object a line, with severity and message as Cloud Logging reads them")
     termination_log: str = setting(
-        text, "/dev/termination-log",
+        non_empty, "/dev/termination-log",
         "where the result record goes; the default is written only where it exists (in a pod), "
         "a path that was set is created")
     # fmt: on
@@ -339,6 +440,14 @@ class Settings:
         """The most jobs worth counting: a billed read covers 1,000 index entries, and more than
         fill the range change nothing. Firestore takes a limit as an int32."""
         return min(max(1000, self.max_replicas * self.jobs_per_pod), INT32_MAX)
+
+    def minimum(self, now: datetime) -> tuple[int, str]:
+        """The minimum in force, in pods, and the setting that it comes from, as people wrote it."""
+        least = (self.min_replicas, f"MIN_REPLICAS={self.min_replicas}")
+        for hours in self.scheduled_min_replicas or ():
+            if hours.replicas > least[0] and hours.in_force(now):
+                least = (hours.replicas, f"SCHEDULED_MIN_REPLICAS={hours.text}")
+        return least
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -356,6 +465,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             problems.append(f"{variable} is not set: expected the {item.metadata['meaning']}")
         elif raw is None or (raw == "" and default is None and not required):
             values[item.name] = None
+        elif not encodable(raw):
+            problems.append(f"{variable}={quoted(raw)}: expected text in UTF-8")
         else:
             try:
                 values[item.name] = item.metadata["parse"](raw)
@@ -372,14 +483,18 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
 
     `values` lacks those that could not be parsed.
     """
-    lowest, highest = values.get("min_replicas"), values.get("max_replicas")
-    if lowest is not None and highest is not None and lowest > highest:
-        yield (f"MIN_REPLICAS='{lowest}': expected no more than MAX_REPLICAS, which is '{highest}'")
-    fallback = values.get("fallback_replicas")
-    if fallback is not None and highest is not None and fallback > highest:
+    highest = values.get("max_replicas")
+    counts = [(name, values.get(name.lower())) for name in ("MIN_REPLICAS", "FALLBACK_REPLICAS")]
+    hours = values.get("scheduled_min_replicas") or ()
+    counts += [(f"SCHEDULED_MIN_REPLICAS: {one.text!r}: PODS", one.replicas) for one in hours]
+    for name, count in counts:
+        if count is not None and highest is not None and count > highest:
+            yield f"{name}='{count}': expected no more than MAX_REPLICAS, which is '{highest}'"
+    interval, timeout = values.get("polling_interval_seconds"), values.get("timeout_seconds")
+    if interval is not None and timeout is not None and not 1 <= interval < timeout:
         yield (
-            f"FALLBACK_REPLICAS='{fallback}': expected no more than MAX_REPLICAS, "
-            f"which is '{highest}'"
+            f"POLLING_INTERVAL_SECONDS='{interval}': expected 1 or more, and less than "
+            f"TIMEOUT_SECONDS, which is '{timeout}'"
         )
     path = values.get("queue_collection")
     if values.get("queue_collection_group") and path and "/" in path:
@@ -387,11 +502,31 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             f"QUEUE_COLLECTION={quoted(path)}: expected the bare id of the collections, such as "
             f"{path.rsplit('/', 1)[1]}, where QUEUE_COLLECTION_GROUP is true"
         )
-    if any(condition.op == "not-in" for condition in values.get("busy_filter") or ()):
+    if any(op == "not-in" for _, op, _ in values.get("busy_filter") or ()):
         yield (
             "BUSY_FILTER: expected no not-in, which Firestore cannot combine with the in over "
             "the pods' names; say which values are busy instead"
         )
+
+
+def misspelled(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Variables that differ from one of ours by a letter or two, each with the one that it is
+    near to. Such a one would be ignored without a word."""
+    ours = {item.name.upper() for item in fields(Settings)}
+    for name in sorted(environ.keys() - ours):
+        for known in sorted(ours - environ.keys()):
+            if abs(len(name) - len(known)) <= 2 and distance(name.upper(), known) <= 2:
+                yield name, known
+
+
+def distance(one: str, other: str) -> int:
+    """Letters to add, to leave out or to change to get from one word to the other (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for i, left in enumerate(one, 1):
+        previous, row = row, [i]
+        for j, right in enumerate(other, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (left != right)))
+    return row[-1]
 
 
 def settings_table() -> str:
@@ -402,9 +537,12 @@ def settings_table() -> str:
 
 # ---------------------------------------------------------------------------------- decision
 
+Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
+Hold = tuple[Reason, str]  # why the replicas stay, and the end of the sentence that says so
+
 
 @dataclass(frozen=True)
-class Queue:
+class QueueLength:
     """What was read of the queue, in jobs. `busy` is None where nobody asked."""
 
     waiting: int
@@ -418,55 +556,76 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A recommendation of the past: when, in Unix seconds, and how many pods."""
+class State:
+    """What the Deployment's annotations say. `warnings` names each value that does not count.
 
-    at: int
-    replicas: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the Deployment's annotations say. `warnings` names each value that cannot be read."""
+    `paused_until` is None where no pause is in force, or one without an end.
+    """
 
     last_scale_time: datetime | None = None
     last_direction: Direction | None = None
-    history: tuple[Entry, ...] = ()
+    history: tuple[Recommendation, ...] = ()
     failing_since: datetime | None = None
     paused: bool = False
     paused_replicas: int | None = None
     paused_scale_in: bool = False
     paused_scale_out: bool = False
+    paused_until: datetime | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def until(self) -> str:
+        return f" until {write_time(self.paused_until)}" if self.paused_until else ""
 
 
 @dataclass(frozen=True)
-class Observed:
+class Inputs:
     """All that a decision rests on.
 
-    `keep` is the least number of replicas that costs no busy pod, None where it was not read.
+    `current` is spec.replicas, in pods; `own_zero` whether a 0 there was set by this scaler.
+    `busy_floor` is the least number of pods that costs no busy one, None where it was not read,
+    and `busy_because` says why nothing can go.
     """
 
     now: datetime
-    replicas: int
-    memory: Memory = Memory()
-    queue: Queue | None = None
-    keep: int | None = None
+    current: int
+    state: State = State()
+    queue: QueueLength | None = None
+    busy_floor: int | None = None
+    busy_because: str = ""
+    own_zero: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many replicas the Deployment gets, and why.
+    """How many replicas the Deployment gets and why; with the names and the times added, the
+    result record.
 
-    `desired` is the recommendation within the range, None where the queue was not read.
-    `annotations` are those to write; None removes one, and those not named stay as they are.
+    `replicas` is None where nobody knows what the Deployment has now, `desired` (the
+    recommendation within the range) and `queue` where the queue was not read. `annotations` are
+    those to write: None removes one, and those not named stay as they are.
     """
 
-    replicas: int
+    replicas: int | None
     reason: Reason
     message: str
+    current: int | None = None
     desired: int | None = None
+    queue: QueueLength | None = None
     annotations: Mapping[str, str | None] = field(default_factory=dict)
+    exit_code: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> int:
+        """Pods added, or removed where it is below 0."""
+        if self.replicas is None or self.current is None:
+            return 0
+        return self.replicas - self.current
+
+    @property
+    def action(self) -> str:
+        return "scale-up" if self.change > 0 else "scale-down" if self.change < 0 else "none"
 
 
 def pods(number: int) -> str:
@@ -476,10 +635,10 @@ def pods(number: int) -> str:
 def read_time(value: str) -> datetime:
     """A time as a person types it: RFC 3339 with any offset and fraction, or Unix seconds.
 
-    One without an offset counts as UTC. Raises ValueError.
+    One without an offset counts as UTC. Eight digits are a date, as in 20260101. Raises ValueError.
     """
     try:
-        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+        if re.fullmatch(r"\s*\d{9,}(\.\d+)?\s*", value):
             return datetime.fromtimestamp(float(value), UTC)
         when = datetime.fromisoformat(value.strip().upper())
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
@@ -491,26 +650,41 @@ def write_time(when: datetime) -> str:
     return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def read_history(value: str) -> tuple[Entry, ...]:
+def read_history(value: str) -> tuple[Recommendation, ...]:
     """The inverse of `write_history`. Raises ValueError."""
     pairs = [re.fullmatch(r"(\d{1,12}):(\d{1,10})", word) for word in value.split()]
-    entries = [Entry(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+    entries = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
     if len(entries) < len(pairs):
         raise ValueError("not a history such as '1767225600:3 1767225660:1', so it starts afresh")
     return tuple(entries)
 
 
-def write_history(entries: Iterable[Entry]) -> str | None:
-    return " ".join(f"{entry.at}:{entry.replicas}" for entry in entries) or None
+def write_history(entries: Iterable[Recommendation]) -> str | None:
+    return " ".join(f"{at}:{replicas}" for at, replicas in sorted(entries)) or None
 
 
-def recall(annotations: Mapping[str, str], settings: Settings, now: datetime) -> Memory:
+def parse_state(
+    annotations: Mapping[str, str],
+    settings: Settings,
+    now: datetime,
+    rolled_back: frozenset[str] = frozenset(),
+) -> State:
     """Read our annotations. A value that cannot be read is warned about and counts as absent,
-    but for a pause: whoever wrote one wanted to pause (KEDA reads it so, too)."""
+    but for a pause: whoever wrote one wanted to pause (KEDA reads it so, too).
+
+    `rolled_back` are those that a `kubectl rollout undo` put back: they are not carried out. A
+    pause among them holds, with the number of pods that is there.
+    """
     warnings: list[str] = []
 
     def read(name: str, parse: Callable[[str], T]) -> T | None:
         if name not in annotations:
+            return None
+        if name in rolled_back:
+            warnings.append(
+                f"{name}={quoted(annotations[name])} came back with a kubectl rollout undo, and "
+                "is not carried out; delete it, and set it again if it is meant"
+            )
             return None
         try:
             return parse(annotations[name])
@@ -524,22 +698,31 @@ def recall(annotations: Mapping[str, str], settings: Settings, now: datetime) ->
             raise ValueError("further ahead than the longest cooldown, so it counts as absent")
         return when
 
-    def pause(name: str) -> bool:
-        word = annotations.get(name, "false").strip().lower()
+    def pause(value: str) -> bool:
+        word = value.strip().lower()
         if word not in ("true", "t", "1", "false", "f", "0"):
-            warnings.append(f"{name}={quoted(annotations[name])} is not true or false: it holds")
-        return word not in ("false", "f", "0")
+            raise ValueError("not true or false: it holds")
+        return word in ("true", "t", "1")
 
-    ordered = read(PAUSED_REPLICAS, replica_count)
-    return Memory(
+    def holds(name: str) -> bool:
+        """Whether a pause is in force: also one that cannot be read, or that came back."""
+        return name in annotations and read(name, pause) is not False
+
+    until = read(PAUSED_UNTIL, read_time)
+    pauses = {PAUSED, PAUSED_REPLICAS, PAUSED_SCALE_IN, PAUSED_SCALE_OUT} & annotations.keys()
+    if until is not None and now >= until:
+        annotations = {name: annotations[name] for name in annotations.keys() - pauses}
+    paused, number = holds(PAUSED), read(PAUSED_REPLICAS, replica_count)
+    return State(
         last_scale_time=read(LAST_SCALE_TIME, past),
         last_direction=read_direction(annotations.get(LAST_SCALE, "")),
         history=read(RECOMMENDATIONS, read_history) or (),
         failing_since=read(FAILING_SINCE, past),
-        paused=pause(PAUSED) or (PAUSED_REPLICAS in annotations and ordered is None),
-        paused_replicas=ordered,
-        paused_scale_in=pause(PAUSED_SCALE_IN),
-        paused_scale_out=pause(PAUSED_SCALE_OUT),
+        paused=paused or (PAUSED_REPLICAS in annotations and number is None),
+        paused_replicas=number,
+        paused_scale_in=holds(PAUSED_SCALE_IN),
+        paused_scale_out=holds(PAUSED_SCALE_OUT),
+        paused_until=until if pauses & annotations.keys() else None,
         warnings=tuple(warnings),
     )
 
@@ -549,321 +732,426 @@ def read_direction(last_scale: str) -> Direction | None:
     return directions.get(last_scale.strip().partition(" ")[0])
 
 
-def decide(settings: Settings, seen: Observed) -> Decision:
-    """The rules of the scaler, in their order. Pure: no I/O, no clock."""
-    return overrule(settings, seen) or follow_queue(settings, seen)
+def decide(settings: Settings, inputs: Inputs) -> Decision:
+    """The rules of the scaler, in their order. Pure: no I/O, no clock.
+
+    | rule                                                    | function                        |
+    |---------------------------------------------------------|---------------------------------|
+    | 1 a person's pause, number to hold, or paused direction | `paused`, `paused_direction`    |
+    | 2 switched off: 0 replicas that this scaler did not set | `switched_off`                  |
+    | 3 outside the range: back into it at once               | `out_of_range`                  |
+    | 4 the recommendation: pods for the jobs, in the range   | `recommend`                     |
+    | 5 stabilization windows, as the HPA has them            | `stabilize`                     |
+    | 6 at most one step                                      | `limit_step`                    |
+    | 7 a scale-down leaves the busy pods                     | `leave_busy_pods`               |
+    | 8 cooldowns since the last scale                        | `cool_down`                     |
+
+    Rules 1 to 3 decide alone, and need no queue; rule 3 obeys a paused direction and rule 7. Rules
+    4 to 8 follow the queue: each of 5 to 8 takes the number of the one before and gives another
+    one, or a reason to hold. `without_queue` stands in for them while the queue cannot be read.
+    """
+    return override(settings, inputs) or follow_queue(settings, inputs)
 
 
-def overrule(settings: Settings, seen: Observed) -> Decision | None:
-    """Rules 1 to 3, which need no queue: a person's pause, a workload that was switched off, the
-    range. None where the queue decides."""
-    memory, current = seen.memory, seen.replicas
-    lowest, highest = settings.min_replicas, settings.max_replicas
-    if memory.paused:
-        return Decision(current, "Paused", f"paused by annotation; stays at {pods(current)}")
-    if memory.paused_replicas is not None:
-        order = f"{PAUSED_REPLICAS} orders {pods(memory.paused_replicas)}"
-        done = scaled(current, memory.paused_replicas)
-        return Decision(memory.paused_replicas, "Paused", f"{order}; {done}")
-    if current == 0 and lowest > 0:
-        message = f"somebody set 0 replicas although MIN_REPLICAS={lowest}: switched off until "
-        return Decision(0, "ScalingDisabled", message + "somebody scales it to 1 or more")
-    if current < lowest:
-        return into_range(seen, lowest, "TooFewReplicas", f"MIN_REPLICAS={lowest}")
-    if current > highest:
-        return into_range(seen, highest, "TooManyReplicas", f"MAX_REPLICAS={highest}")
-    return None
+def override(settings: Settings, inputs: Inputs) -> Decision | None:
+    """Rules 1 to 3. None where the queue decides."""
+    rules = (paused, switched_off, out_of_range)
+    return next((found for rule in rules if (found := rule(settings, inputs))), None)
 
 
-def into_range(seen: Observed, bound: int, reason: Reason, limit: str) -> Decision:
-    """Rule 3: back into the range at once, as the HPA does it; busy pods stay protected."""
-    current, target = seen.replicas, spare_busy(seen, bound)
-    why = f"{pods(current)} where {limit}"
-    if switched_off(seen, bound):
-        return Decision(current, *disabled(current, bound, why))
-    if target == current:
-        return Decision(current, *workers_busy(current, why))
-    return Decision(target, reason, f"{why}; {scaled(current, target)}")
-
-
-def follow_queue(settings: Settings, seen: Observed) -> Decision:
-    """Rules 4 to 8, and what the stabilization windows have to remember of them."""
-    assert seen.queue is not None, "rules 4 to 8 need the queue"
-    desired = recommend(settings, seen.queue)
-    if switched_off(seen, desired):
-        history: list[Entry] = []
-        why = ask(settings, seen.queue, desired)
-        target, (reason, why) = seen.replicas, disabled(seen.replicas, desired, why)
+def conclude(inputs: Inputs, ruling: int | Hold, reason: Reason, why: str) -> Decision:
+    """The decision for a number of pods with its reason, or for a hold with the hold's own."""
+    # Failures of the queue count in a row: a look that does without it breaks the row.
+    annotations = {FAILING_SINCE: None}
+    if isinstance(ruling, int):
+        message = f"{why}; {describe_scale(inputs.current, ruling)}"
     else:
-        history = remember(settings, seen, desired)
-        target, reason, why = follow(settings, seen, desired, history)
-    kept = None if at_rest(settings, target, desired, history) else write_history(history)
-    return Decision(target, reason, why, desired, {RECOMMENDATIONS: kept, FAILING_SINCE: None})
-
-
-def follow(
-    settings: Settings, seen: Observed, desired: int, history: Sequence[Entry]
-) -> tuple[int, Reason, str]:
-    """Rules 5 to 8: windows, then steps, then busy pods, then cooldowns. The first that leaves
-    nothing to change gives the reason."""
-    current = seen.replicas
-    why = ask(settings, seen.queue, desired)
-    if desired == current:
-        return current, "AtTarget", f"{why}; {scaled(current, current)}"
-    stable = stabilize(settings, seen, desired, history)
-    if stable == current:
-        return current, *stabilized(settings, seen, desired, history, why)
-    target = limit_step(settings, current, stable)
-    if target == current:
-        return current, *disabled(current, desired, why)
-    target = spare_busy(seen, target)
-    if target == current:
-        return current, *workers_busy(current, why)
-    wait = cooldown_left(settings, seen, target)
-    if wait > 0:
-        return current, *cooling(settings, seen, target, wait, why)
-    return (
-        target,
-        "ScaledUp" if target > current else "ScaledDown",
-        f"{why}; {scaled(current, target)}",
+        reason, because = ruling
+        ruling, message = inputs.current, f"{why}; stays at {pods(inputs.current)}{because}"
+    return Decision(
+        ruling, reason, message, inputs.current, queue=inputs.queue, annotations=annotations
     )
 
 
-def recommend(settings: Settings, queue: Queue) -> int:
-    """Rule 4: enough pods for the jobs waiting and busy, within the range."""
-    wanted = math.ceil((queue.waiting + (queue.busy or 0)) / settings.jobs_per_pod)
-    return min(max(wanted, settings.min_replicas), settings.max_replicas)
-
-
-def ask(settings: Settings, queue: Queue | None, desired: int) -> str:
-    """What the queue asks for, as the beginning of a sentence."""
-    bound = {
-        settings.max_replicas: ", the maximum",
-        settings.min_replicas: ", the minimum",
-    }
-    return f"{queue}: {pods(desired)} wanted{bound.get(desired, '')}"
-
-
-HISTORY_ENTRIES = 200
-
-
-def remember(settings: Settings, seen: Observed, desired: int) -> list[Entry]:
-    """The history with today's recommendation, without the entries that can no longer matter.
-
-    Without a history the recommendation up to now was the current number, as in the HPA
-    controller's `recordInitialRecommendation`. An entry from a clock ahead of ours counts as of
-    now, so that it cannot hold for longer than its window.
-    """
-    now = int(seen.now.timestamp())
-    past = seen.memory.history or (Entry(now, seen.replicas),)
-    entries = [Entry(min(entry.at, now), entry.replicas) for entry in past] + [Entry(now, desired)]
-    entries.sort(key=lambda entry: (entry.at, entry.replicas))
-    highest = turning_points(entries, now, settings.scale_down_stabilization_seconds, 1)
-    lowest = turning_points(entries, now, settings.scale_up_stabilization_seconds, -1)
-    return sorted({*highest, *lowest}, key=lambda entry: (entry.at, entry.replicas))
-
-
-def turning_points(entries: Sequence[Entry], now: int, window: int, sign: int) -> list[Entry]:
-    """The entries inside a window that can still be its highest (sign 1) or lowest (sign -1) at
-    some later time: those that no newer entry equals or exceeds.
-
-    More than HISTORY_ENTRIES of them are thinned out to one in each of as many equal slices of
-    the window, at the slice's end: the number then holds up to one slice longer, never shorter.
-    """
-    kept: list[Entry] = []
-    for entry in reversed(entries):
-        if entry.at > now - window and (
-            not kept or sign * (entry.replicas - kept[-1].replicas) > 0
-        ):
-            kept.append(entry)
-    if len(kept) > HISTORY_ENTRIES:
-        slice_seconds = math.ceil(window / HISTORY_ENTRIES)
-        ends = {math.ceil(entry.at / slice_seconds): entry.replicas for entry in kept}
-        kept = [Entry(end * slice_seconds, replicas) for end, replicas in ends.items()]
-    return kept
-
-
-def at_rest(settings: Settings, replicas: int, desired: int, history: Sequence[Entry]) -> bool:
-    """Whether the windows have nothing to remember: starting afresh from the current number could
-    only make them hold from one run later."""
-    numbers = [desired, *(entry.replicas for entry in history)]
-    no_scale_down = settings.scale_down_stabilization_seconds == 0 or min(numbers) >= replicas
-    no_scale_up = settings.scale_up_stabilization_seconds == 0 or max(numbers) <= replicas
-    return no_scale_down and no_scale_up
-
-
-def stabilize(settings: Settings, seen: Observed, desired: int, history: Sequence[Entry]) -> int:
-    """Rule 5: the lowest recommendation of the scale-up window, the highest of the scale-down
-    window, as the HPA controller's `stabilizeRecommendationWithBehaviors` has it: an entry
-    exactly as old as its window lies outside."""
-    now, current = int(seen.now.timestamp()), seen.replicas
-    if desired > current:
-        window = settings.scale_up_stabilization_seconds
-        lowest = min([desired, *(e.replicas for e in history if e.at > now - window)])
-        return max(lowest, current)
-    window = settings.scale_down_stabilization_seconds
-    highest = max([desired, *(e.replicas for e in history if e.at > now - window)])
-    return min(highest, current)
-
-
-def limit_step(settings: Settings, current: int, target: int) -> int:
-    """Rule 6: at most one step towards the target, and at least one pod of it. The percentages
-    are rounded in floating point because the HPA controller's are."""
-    limit = settings.scale_up_step if target > current else settings.scale_down_step
-    if limit is None:
-        return target
-    if limit.value == 0:
-        return current
-    if target > current:
-        most = (
-            math.ceil(current * (1 + limit.value / 100)) if limit.percent else current + limit.value
-        )
-        return min(target, max(most, current + 1))
-    least = int(current * (1 - limit.value / 100)) if limit.percent else current - limit.value
-    return max(target, min(least, current - 1))
-
-
-def spare_busy(seen: Observed, target: int) -> int:
-    """Rule 7: a scale-down leaves the busy pods."""
-    return target if seen.keep is None else max(target, min(seen.keep, seen.replicas))
-
-
-def cooldown_left(settings: Settings, seen: Observed, target: int) -> int:
-    """Rule 8: seconds until a scale to the target may happen. A scale-up waits after a scale-up,
-    a scale-down after any scale; if the direction of the last one is unknown, both wait."""
-    last = seen.memory.last_scale_time
-    if last is None or (target > seen.replicas and seen.memory.last_direction == "down"):
-        return 0
-    cooldown = cooldown_seconds(settings, seen, target)
-    return math.ceil(cooldown - (seen.now - last).total_seconds())
-
-
-def cooldown_seconds(settings: Settings, seen: Observed, target: int) -> int:
-    up = target > seen.replicas
-    return settings.scale_up_cooldown_seconds if up else settings.scale_down_cooldown_seconds
-
-
-def switched_off(seen: Observed, target: int) -> bool:
-    if target > seen.replicas:
-        return seen.memory.paused_scale_out
-    return target < seen.replicas and seen.memory.paused_scale_in
-
-
-def scaled(current: int, target: int) -> str:
+def describe_scale(current: int, target: int) -> str:
     if target == current:
         return f"stays at {pods(current)}"
     return f"scaled {'up' if target > current else 'down'} from {current} to {pods(target)}"
 
 
-def disabled(current: int, target: int, why: str) -> tuple[Reason, str]:
-    if target > current:
-        return "ScaleUpDisabled", f"{why}; stays at {pods(current)}, as scale-up is switched off"
-    return "ScaleDownDisabled", f"{why}; stays at {pods(current)}, as scale-down is switched off"
+def paused(settings: Settings, inputs: Inputs) -> Decision | None:
+    """Rule 1, the forms that hold a number."""
+    state = inputs.state
+    if state.paused:
+        why = f"paused by annotation{state.until}"
+        return conclude(inputs, inputs.current, "Paused", why)
+    if state.paused_replicas is not None:
+        why = f"{PAUSED_REPLICAS} orders {pods(state.paused_replicas)}{state.until}"
+        return conclude(inputs, state.paused_replicas, "Paused", why)
+    return None
 
 
-def workers_busy(current: int, why: str) -> tuple[Reason, str]:
-    return "WorkersBusy", f"{why}; stays at {pods(current)}, as removing one would cost a busy one"
+def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
+    """Rule 2. Where the minimum is 0 all year, a 0 is a number like any other."""
+    if inputs.current > 0 or settings.min_replicas == 0 or inputs.own_zero:
+        return None
+    why = f"somebody set 0 replicas although MIN_REPLICAS={settings.min_replicas}"
+    hold: Hold = ("ScalingDisabled", ": switched off until somebody scales it to 1 or more")
+    return conclude(inputs, hold, "ScalingDisabled", why)
 
 
-def stabilized(
-    settings: Settings, seen: Observed, desired: int, history: Sequence[Entry], why: str
-) -> tuple[Reason, str]:
-    """The reason and the sentence of rule 5: which window holds the number, and for how long."""
-    now, current = int(seen.now.timestamp()), seen.replicas
-    if desired > current:
-        window = settings.scale_up_stabilization_seconds
-        holding = [e.at for e in history if e.replicas <= current and e.at > now - window]
-        reason: Reason = "ScaleUpStabilized"
-        variable = "SCALE_UP_STABILIZATION_SECONDS"
-    else:
-        window = settings.scale_down_stabilization_seconds
-        holding = [e.at for e in history if e.replicas >= current and e.at > now - window]
-        reason, variable = "ScaleDownStabilized", "SCALE_DOWN_STABILIZATION_SECONDS"
-    left = max(holding) + window - now
-    return reason, f"{why}; stays at {pods(current)} for {left} s more ({variable}={window})"
+def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
+    """Rule 3: back into the range at once, as the HPA does it; busy pods stay protected."""
+    least, least_setting = settings.minimum(inputs.now)
+    if least <= inputs.current <= settings.max_replicas:
+        return None
+    bound, limit = settings.max_replicas, f"MAX_REPLICAS={settings.max_replicas}"
+    reason: Reason = "TooManyReplicas"
+    if inputs.current < least:
+        bound, limit, reason = least, least_setting, "TooFewReplicas"
+    ruling = apply_rules((paused_direction, leave_busy_pods), settings, inputs, bound)
+    return conclude(inputs, ruling, reason, f"{pods(inputs.current)} where {limit}")
 
 
-def cooling(
-    settings: Settings, seen: Observed, target: int, wait: int, why: str
-) -> tuple[Reason, str]:
-    """The reason and the sentence of rule 8."""
-    up = target > seen.replicas
-    variable = "SCALE_UP_COOLDOWN_SECONDS" if up else "SCALE_DOWN_COOLDOWN_SECONDS"
-    cooldown = cooldown_seconds(settings, seen, target)
-    message = (
-        f"{why}; stays at {pods(seen.replicas)} for {wait} s more ({variable}={cooldown} "
-        f"since {write_time(seen.memory.last_scale_time or seen.now)})"
+Rule = Callable[[Settings, Inputs, int], "int | Hold"]
+
+
+def apply_rules(
+    rules: Sequence[Rule], settings: Settings, inputs: Inputs, target: int
+) -> int | Hold:
+    """One rule after another, each on the number of the one before; the first hold ends it."""
+    for rule in rules:
+        ruling = rule(settings, inputs, target)
+        if not isinstance(ruling, int):
+            return ruling
+        target = ruling
+    return target
+
+
+def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
+    """Rules 4 to 8, and what the stabilization windows have to remember of them."""
+    assert inputs.queue is not None, "rules 4 to 8 need the queue"
+    desired, asked = recommend(settings, inputs)
+    ruling: int | Hold = ("AtTarget", "")
+    if desired != inputs.current:
+        rules = (paused_direction, stabilize, limit_step, leave_busy_pods, cool_down)
+        ruling = apply_rules(rules, settings, inputs, desired)
+    reason: Reason = "ScaledUp" if desired > inputs.current else "ScaledDown"
+    decision = conclude(inputs, ruling, reason, asked)
+    history = None
+    if isinstance(paused_direction(settings, inputs, desired), int):
+        history = write_history(new_history(settings, inputs, desired, decision))
+    annotations = {**decision.annotations, RECOMMENDATIONS: history}
+    return replace(decision, desired=desired, annotations=annotations)
+
+
+def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
+    """Rule 4: enough pods for the jobs waiting and busy, within the range; and what the queue
+    asks for, as the beginning of a sentence."""
+    queue = inputs.queue or QueueLength(0)
+    least, least_setting = settings.minimum(inputs.now)
+    wanted = math.ceil((queue.waiting + (queue.busy or 0)) / settings.jobs_per_pod)
+    desired = min(max(wanted, least), settings.max_replicas)
+    bound = ""
+    if desired == least:
+        bound = ", the minimum"
+        if least > settings.min_replicas:
+            bound += f" ({least_setting})"
+    elif desired == settings.max_replicas:
+        bound = ", the maximum"
+    return desired, f"{queue}: {pods(desired)} wanted{bound}"
+
+
+def paused_direction(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+    """Rule 1, the forms that switch a direction off."""
+    up = target > inputs.current
+    if inputs.state.paused_scale_out if up else inputs.state.paused_scale_in:
+        return disabled(up, inputs.state.until)
+    return target
+
+
+def disabled(up: bool, until: str = "") -> Hold:
+    if up:
+        return "ScaleUpDisabled", f", as scale-up is switched off{until}"
+    return "ScaleDownDisabled", f", as scale-down is switched off{until}"
+
+
+def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+    """Rule 5: the lowest recommendation of the scale-up window, the highest of the scale-down
+    window, as the HPA controller's `stabilizeRecommendationWithBehaviors` has it."""
+    now, current, up = int(inputs.now.timestamp()), inputs.current, target > inputs.current
+    direction = "UP" if up else "DOWN"
+    window = stabilization_seconds(settings, up)
+    entries = recommendations(inputs, window)
+    numbers = [target, *(replicas for _, replicas in entries)]
+    stable = max(current, min(numbers)) if up else min(current, max(numbers))
+    if stable != current:
+        return stable
+    holding = [at for at, n in entries if (n <= current if up else n >= current)]
+    because = (
+        f" for {max(holding) + window - now} s more "
+        f"(SCALE_{direction}_STABILIZATION_SECONDS={window})"
     )
-    return "ScaleUpCooldown" if up else "ScaleDownCooldown", message
+    return "ScaleUpStabilized" if up else "ScaleDownStabilized", because
 
 
-def without_queue(settings: Settings, seen: Observed, problem: QueueFailure) -> Decision:
-    """What an unreadable queue leads to: the replicas stay, or after a while go up to the
-    fallback. They never go down."""
-    current, fallback = seen.replicas, settings.fallback_replicas
-    if fallback is None:
-        return Decision(current, problem.reason, f"{problem}; stays at {pods(current)}")
-    since = seen.memory.failing_since or seen.now
-    stamp = {} if seen.memory.failing_since else {FAILING_SINCE: write_time(since)}
-    left = math.ceil(settings.fallback_after_seconds - (seen.now - since).total_seconds())
-    if left > 0:
-        message = f"{problem}; stays at {pods(current)}, and falls back to {fallback} in {left} s"
-        return Decision(current, problem.reason, message, annotations=stamp)
-    if fallback > current and seen.memory.paused_scale_out:
-        return Decision(current, *disabled(current, fallback, str(problem)), annotations=stamp)
-    done = scaled(current, max(current, fallback))
-    message = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}: {done}"
-    return Decision(max(current, fallback), "Fallback", message, annotations=stamp)
+def stabilization_seconds(settings: Settings, up: bool) -> int:
+    if up:
+        return settings.scale_up_stabilization_seconds
+    return settings.scale_down_stabilization_seconds
 
 
-# --------------------------------------------------------------------------- budget, retries
+# Looks at most this far apart, in seconds, are in a row: one run a minute, and one that is missed.
+IN_A_ROW_SECONDS = 150
 
 
-@dataclass
-class Progress:
-    """How far a run has come: what is told of it if it has to end in the middle.
+def recommendations(inputs: Inputs, window: int) -> set[Recommendation]:
+    """The past recommendations inside a window, in seconds; one exactly as old lies outside.
 
-    `in_doubt` is true while a patch may or may not have reached the Deployment; `outcome` is set
-    as soon as the Deployment is known to be scaled, whatever fails after that.
+    Where there are none, the recommendation up to now was the current number, as in the HPA
+    controller's `recordInitialRecommendation`. Where looks are always further apart than the
+    window is long, there are none as a rule, and that would hold for ever: the HPA then goes by
+    the newest recommendation alone, and so does this. A history from a clock ahead of ours counts
+    as of now, so that it cannot hold for longer than its window.
     """
+    now = int(inputs.now.timestamp())
+    entries = {(min(at, now), replicas) for at, replicas in inputs.state.history}
+    inside = {(at, replicas) for at, replicas in entries if at > now - window}
+    if inside or window == 0:
+        return inside
+    times = sorted({at for at, _ in entries})
+    usual_gap = times[-1] - times[-2] if len(times) > 1 else 0
+    if times and now - times[-1] <= max(IN_A_ROW_SECONDS, 2 * usual_gap):
+        return inside
+    return {(now, inputs.current)}
 
-    started: float
-    stage: str = "reading the settings"
-    stage_reason: Reason = "ClusterUnavailable"
-    namespace: str | None = None
-    replicas: int | None = None
-    in_doubt: bool = False
-    outcome: Outcome | None = None
 
-    def enter(self, stage: str, reason: Reason) -> None:
-        self.stage, self.stage_reason = stage, reason
+def new_history(
+    settings: Settings, inputs: Inputs, desired: int, decision: Decision
+) -> set[Recommendation]:
+    """What the windows have to remember, with this look's recommendation: nothing at rest, as
+    starting afresh could only make them hold from one look later."""
+    up_window, down_window = (
+        stabilization_seconds(settings, True),
+        stabilization_seconds(settings, False),
+    )
+    replicas = inputs.current + decision.change
+    if (desired >= replicas or not down_window) and (desired <= replicas or not up_window):
+        return set()
+    now = int(inputs.now.timestamp())
+    newest = max((at for at, _ in inputs.state.history), default=now)
+    last_look = {entry for entry in inputs.state.history if entry[0] == newest <= now}
+    windows = recommendations(inputs, up_window) | recommendations(inputs, down_window)
+    return {*last_look, *windows, (now, desired)}
+
+
+def limit_step(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+    """Rule 6: at most one step towards the target, and at least one pod of it. The percentages
+    are rounded in floating point because the HPA controller's are."""
+    current, up = inputs.current, target > inputs.current
+    limit = settings.scale_up_step if up else settings.scale_down_step
+    if limit is None:
+        return target
+    size = int(limit.rstrip("%"))
+    if size == 0:
+        return disabled(up)
+    if up:
+        most = math.ceil(current * (1 + size / 100)) if "%" in limit else current + size
+        return min(target, max(most, current + 1))
+    least = int(current * (1 - size / 100)) if "%" in limit else current - size
+    return max(target, min(least, current - 1))
+
+
+def leave_busy_pods(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+    """Rule 7: a scale-down never goes below the number of pods that costs no busy one."""
+    if target > inputs.current or inputs.busy_floor is None:
+        return target
+    if inputs.busy_floor >= inputs.current:
+        return "WorkersBusy", inputs.busy_because
+    return max(target, inputs.busy_floor)
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Time that a run, or a part of it, may still take.
+class Pod:
+    """A live pod. `deletion_rank` orders pods as the ReplicaSet controller does before it looks at
+    deletion costs: those that sort first are removed first."""
 
-    `deadline` is on the monotonic clock; one call gets `call_seconds` of it at the most, so that
-    one that is never answered can be tried again.
+    name: str
+    owner: str
+    deletion_rank: tuple[bool, int, bool]
+    deletion_cost: int
+
+
+BUSY_COST = INT32_MAX
+
+
+def busy_floor(live: Sequence[Pod], busy: set[str]) -> tuple[int, str]:
+    """The least number of replicas at which the controllers remove idle pods only, once each busy
+    pod has the highest deletion cost; and why it is what it is.
+
+    The ReplicaSet controller takes pods that are unassigned, pending or not ready before it
+    compares deletion costs, so an idle pod is a safe victim only if it comes before the first
+    busy one in the whole order. During a rollout the Deployment controller shares a scale-in
+    between the ReplicaSets in proportion to their sizes, and no mark can steer it: nothing is
+    removed then.
     """
+    number = sum(pod.name in busy for pod in live)
+    if not number:
+        return 0, ""
+    if len({pod.owner for pod in live}) > 1:
+        return INT32_MAX, f", as a rollout is going on and {pods(number)} of it may be busy"
+    first_busy = min((pod.deletion_rank, BUSY_COST) for pod in live if pod.name in busy)
+    idle = [pod for pod in live if pod.name not in busy]
+    safe = sum((pod.deletion_rank, pod.deletion_cost) < first_busy for pod in idle)
+    return len(live) - safe, ", as removing one would cost a busy one"
 
-    deadline: float
+
+def cool_down(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+    """Rule 8: a scale-up waits after a scale-up, a scale-down after any scale. If the direction
+    of the last one is unknown, both wait."""
+    last, up = inputs.state.last_scale_time, target > inputs.current
+    if last is None or (up and inputs.state.last_direction == "down"):
+        return target
+    cooldown = settings.scale_up_cooldown_seconds if up else settings.scale_down_cooldown_seconds
+    left = math.ceil(cooldown - (inputs.now - last).total_seconds())
+    if left <= 0:
+        return target
+    because = (
+        f" for {left} s more (SCALE_{'UP' if up else 'DOWN'}_COOLDOWN_SECONDS={cooldown} "
+        f"since {write_time(last)})"
+    )
+    return "ScaleUpCooldown" if up else "ScaleDownCooldown", because
+
+
+def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> Decision:
+    """What an unreadable queue leads to: the replicas stay, or after a while go up to the
+    fallback. They never go down, and the fallback does not act against a person's number."""
+    current, fallback, state = inputs.current, settings.fallback_replicas, inputs.state
+    held = Decision(
+        current, problem.reason, f"{problem}; stays at {pods(current)}", current,
+        exit_code=problem.exit_code,
+    )  # fmt: skip
+    if override(settings, inputs):
+        waits = f"{held.message}, as busy pods cannot be told from idle ones"
+        if state.paused_replicas is not None:
+            waits += f"; {PAUSED_REPLICAS}={state.paused_replicas} waits"
+        return replace(held, message=waits)
+    if fallback is None:
+        return held
+    since = state.failing_since or inputs.now
+    if state.failing_since is None:
+        held = replace(held, annotations={FAILING_SINCE: write_time(since)})
+    left = math.ceil(settings.fallback_after_seconds - (inputs.now - since).total_seconds())
+    if left > 0:
+        return replace(held, message=f"{held.message}, and falls back to {fallback} in {left} s")
+    target = max(current, fallback)
+    for rule in (paused_direction, limit_step) if target > current else ():
+        ruling = rule(settings, inputs, target)
+        if not isinstance(ruling, int):
+            reason, because = ruling
+            return replace(held, reason=reason, message=held.message + because)
+    done = (
+        f"{problem}; falls back to FALLBACK_REPLICAS={fallback}: {describe_scale(current, target)}"
+    )
+    return replace(held, replicas=target, reason="Fallback", message=done)
+
+
+# ------------------------------------------------------------------------- one run, its time
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a look has to be over, in seconds of the monotonic clock. One call gets at most
+    `call_seconds`, so that one that is never answered can be tried again."""
+
+    at: float
     call_seconds: float
 
     def left(self) -> float:
-        """Seconds until the deadline. Never 0, which the clients would read as no limit."""
-        return max(0.05, self.deadline - time.monotonic())
+        return self.at - time.monotonic()
 
     def for_call(self) -> float:
-        return min(self.call_seconds, self.left())
+        """Seconds for one call. Never 0, which the clients would read as no limit."""
+        return max(0.05, min(self.call_seconds, self.left()))
 
-    def share(self, part: float) -> Budget:
-        return replace(self, deadline=time.monotonic() + part * self.left())
+    def one_call_earlier(self) -> Deadline:
+        """For the queue, and for reading again: the time of one call is left for what comes
+        after, such as the patch of a fallback."""
+        return replace(self, at=self.at - self.call_seconds)
 
 
-def retrying(budget: Budget, again: Callable[[BaseException], bool]) -> Retrying:
+@dataclass
+class Run:
+    """One run: where it comes from, how far it has come, and what is told of it if it has to end
+    in the middle.
+
+    `started` is on the monotonic clock. Of the present look, `current` is the number of pods that
+    it has read; `in_doubt` is true while a patch may or may not have reached the Deployment;
+    `done` is what it has done already, whatever fails after that. Of the run, `told` is what the
+    last line said, `resting` is true between two looks. Whoever reports holds `reporting`.
+    """
+
+    environ: Mapping[str, str]
+    clock: Callable[[], datetime]
+    dry_run: bool = False
+    polls: bool = False
+    namespace: str | None = None
+    started: float = field(default_factory=time.monotonic)
+    begun: datetime = field(init=False)
+    deadline: Deadline = Deadline(0, 0)
+    stage: str = "reading the settings"
+    stage_reason: Reason = "ClusterUnavailable"
+    current: int | None = None
+    in_doubt: bool = False
+    done: Decision | None = None
+    looks: int = 0
+    last: Decision | None = None
+    last_scale: Decision | None = None
+    told: Decision | None = None
+    resting: bool = False
+    exit_code: int | None = None
+    reporting: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def now(self) -> datetime:
+        """The beginning of the run plus whole seconds since: most looks have one time only, and
+        do not miss the end of a cooldown by how long an import takes."""
+        passed = int((self.clock() - self.begun).total_seconds())
+        return self.begun + timedelta(seconds=max(0, passed))
+
+    def time_up(self, settings: Settings) -> float:
+        """When the clients give up: a little before the watchdog, as they can say more."""
+        total = settings.timeout_seconds
+        return self.started + total - min(1.0, total / 10)
+
+    def begin_look(self, settings: Settings) -> None:
+        """A look ends with the run or, if others follow, after an interval; but one has 5 s."""
+        now, at = time.monotonic(), self.time_up(settings)
+        if settings.polling_interval_seconds is not None:
+            at = min(at, now + max(5, settings.polling_interval_seconds))
+        self.deadline = Deadline(at, call_seconds=min(10.0, (at - now) / 3))
+        self.current, self.in_doubt, self.done = None, False, None
+
+    def enter(self, stage: str, reason: Reason) -> None:
+        """Say what the run is about to wait for, and the reason it ends with if that fails."""
+        self.stage, self.stage_reason = stage, reason
+
+    def break_off(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
+        """The decision of a look that ends without one, or before it was carried out."""
+        reason = reason or self.stage_reason
+        if self.in_doubt:
+            why += "; whether the patch arrived is not known, the next look will see"
+            return Decision(None, reason, why, self.current, exit_code=exit_code)
+        if self.current is not None:
+            why += f"; stays at {pods(self.current)}"
+        return Decision(self.current, reason, why, self.current, exit_code=exit_code)
+
+
+def retrying(deadline: Deadline, again: Callable[[BaseException], bool]) -> Retrying:
     """Tries again with growing, jittered pauses, or the server's Retry-After where that is
-    longer, as long as the next try still begins within the budget."""
+    longer, as long as the next try still begins before the deadline."""
     from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
     backoff = wait_random_exponential(multiplier=0.2, max=5)
@@ -875,7 +1163,7 @@ def retrying(budget: Budget, again: Callable[[BaseException], bool]) -> Retrying
     return Retrying(
         retry=retry_if_exception(again),
         wait=pause,
-        stop=stop_before_delay(budget.left()),
+        stop=stop_before_delay(max(0.0, deadline.left())),
         reraise=True,
     )
 
@@ -884,11 +1172,11 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, Failure) and error.transient
 
 
-def is_interference(error: BaseException) -> bool:
-    return isinstance(error, Interfered)
+def has_to_read_again(error: BaseException) -> bool:
+    return isinstance(error, ClusterFailure) and error.read_again
 
 
-def brief(error: object) -> str:
+def one_line(error: object) -> str:
     """An error of a library in one line."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 1200 else line[:1197] + "..."
@@ -908,13 +1196,12 @@ ADVICE = {
     "FAILED_PRECONDITION": "if an index is missing, create it with the link above",
 }
 IN_VALUES = 30
-WAITING = "counting waiting jobs"
 
 
 def queue_failure(doing: str, error: Exception) -> QueueFailure:
     """The failure that an error of the Firestore client stands for."""
     code = getattr(getattr(error, "grpc_status_code", None), "name", type(error).__name__)
-    message = f"Firestore failed while {doing}: {code}: {brief(error)}"
+    message = f"Firestore failed while {doing}: {code}: {one_line(error)}"
     if code in ADVICE:
         denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
         reason: Reason = "Forbidden" if denied else "QueueUnavailable"
@@ -923,63 +1210,70 @@ def queue_failure(doing: str, error: Exception) -> QueueFailure:
 
 
 class JobQueue:
-    """The Firestore collection that holds the jobs."""
+    """The Firestore collection that holds the jobs. Its client is opened when it is first asked
+    something, so that nothing of Google's is waited for before the Deployment was read."""
 
-    def __init__(self, settings: Settings, client: Client, budget: Budget, progress: Progress):
-        self._settings, self._client = settings, client
-        self._budget, self._progress = budget, progress
-        self._begun: Future[int] | None = None
+    def __init__(self, settings: Settings, run: Run) -> None:
+        self._settings, self._run = settings, run
+        self._opening: Future[Client] | None = None
 
-    def begin(self) -> None:
-        """Begin to count the waiting jobs, for the first `read`, in a thread of its own."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._begun = ThreadPoolExecutor(1).submit(self._waiting)
-
-    def read(self, pod_names: Sequence[str] | None) -> Queue:
-        """Count the waiting jobs and, given the live pods' names, their busy jobs.
+    def count(self, pod_names: Sequence[str] | None) -> QueueLength:
+        """Count the waiting jobs and, given the live pods' names, right after it their busy jobs:
+        a job claimed between the two counts twice, which costs no pod.
 
         Raises QueueFailure.
         """
-        self._progress.enter(WAITING, "QueueUnavailable")
-        begun, self._begun = self._begun, None
-        waiting = begun.result() if begun else self._waiting()
+        waiting = self._ask("counting waiting jobs", self._count, self._settings.waiting_filter)
         capped = waiting >= self._settings.count_limit
         if pod_names is None:
-            return Queue(waiting, capped)
-        doing, batches = "counting busy jobs", self._busy_filters(pod_names)
-        self._progress.enter(doing, "QueueUnavailable")
-        return Queue(waiting, capped, sum(self._ask(doing, self._count, b) for b in batches))
+            return QueueLength(waiting, capped)
+        batches = self._busy_filters(pod_names)
+        busy = sum(self._ask("counting busy jobs", self._count, batch) for batch in batches)
+        return QueueLength(waiting, capped, busy)
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
         """Which of these pods hold a busy job. Raises QueueFailure."""
         doing, batches = "reading which pods are busy", self._busy_filters(pod_names)
-        self._progress.enter(doing, "QueueUnavailable")
         return {name for batch in batches for name in self._ask(doing, self._pods_of, batch)}
 
     def _busy_filters(self, pod_names: Sequence[str]) -> Iterator[list[Filter]]:
         """The filters for as many pods as Firestore takes in an `in`: 30, shared with the lists
         in BUSY_FILTER, as the limit is on the product of them all."""
         conditions = self._settings.busy_filter or ()
-        lists = [len(f.value) for f in conditions if f.op in ("in", "array_contains_any")]
+        lists = [len(v) for _, op, v in conditions if op in ("in", "array_contains_any")]
         batch = max(1, IN_VALUES // math.prod(lists))
         for start in range(0, len(pod_names), batch):
             names = list(pod_names[start : start + batch])
-            yield [*conditions, Filter(self._settings.busy_pod_field, "in", names)]
+            yield [*conditions, (self._settings.busy_pod_field, "in", names)]
+
+    def _open(self) -> Client:
+        """The client, from a thread of its own: looking for credentials asks Google's metadata
+        server, which may accept and never answer, and no timeout covers that. Raises QueueFailure.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        if self._opening is None:
+            self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
+        if not self._opening.done():
+            self._run.enter("looking for Google credentials", "QueueUnavailable")
+        try:
+            return self._opening.result(max(0.05, self._run.deadline.one_call_earlier().left()))
+        except TimeoutError:
+            problem = "Google's metadata server did not answer while looking for credentials"
+            raise QueueFailure("QueueUnavailable", problem) from None
+        except QueueFailure:
+            self._opening = None  # for the next look
+            raise
 
     def _where(self, conditions: Iterable[Filter]) -> Any:
         from google.cloud.firestore import FieldFilter
 
+        client, path = self._open(), self._settings.queue_collection
         by_group = self._settings.queue_collection_group
-        start = self._client.collection_group if by_group else self._client.collection
-        query: Any = start(self._settings.queue_collection)
-        for one in conditions:
-            name = api_field_path(one.field)
-            query = query.where(filter=FieldFilter(name, one.op, one.value))
+        query: Any = client.collection_group(path) if by_group else client.collection(path)
+        for name, op, value in conditions:
+            query = query.where(filter=FieldFilter(api_field_path(name), op, value))
         return query
-
-    def _waiting(self) -> int:
-        return self._ask(WAITING, self._count, self._settings.waiting_filter)
 
     def _count(self, conditions: Sequence[Filter], timeout: float) -> int:
         query = self._where(conditions).limit(self._settings.count_limit).count(alias="jobs")
@@ -987,13 +1281,13 @@ class JobQueue:
         # The client gives a count of zero as 0.0.
         counts = [int(row.value) for row in results if row.value >= 0]
         if len(counts) != 1:
-            raise LookupError("no usable count")
+            raise QueueFailure("QueueUnavailable", "Firestore gave no usable count")
         return counts[0]
 
     def _pods_of(self, conditions: Sequence[Filter], timeout: float) -> set[str]:
-        field = api_field_path(self._settings.busy_pod_field)
-        query = self._where(conditions).select([field])
-        return {str(job.get(field)) for job in query.stream(retry=never(), timeout=timeout)}
+        name = api_field_path(self._settings.busy_pod_field)
+        query = self._where(conditions).select([name])
+        return {str(job.get(name)) for job in query.stream(retry=never(), timeout=timeout)}
 
     def _ask(
         self,
@@ -1001,29 +1295,26 @@ class JobQueue:
         question: Callable[[Sequence[Filter], float], T],
         conditions: Sequence[Filter],
     ) -> T:
-        """Put a question, with retries: what it is about, and a timeout in seconds."""
+        """Put a question, with retries; its last argument is a timeout in seconds."""
+        # Before the first count, and not between the two, which belong to one moment.
+        self._open()
         from google.api_core.exceptions import GoogleAPIError
         from google.auth.exceptions import GoogleAuthError
 
+        deadline = self._run.deadline.one_call_earlier()
+
         def once() -> T:
+            self._run.enter(doing, "QueueUnavailable")
             started = time.monotonic()
             try:
-                answer = question(conditions, self._budget.for_call())
+                answer = question(conditions, deadline.for_call())
             except (GoogleAPIError, GoogleAuthError) as error:
                 LOG.debug("%s failed after %.3f s", doing, time.monotonic() - started)
                 raise queue_failure(doing, error) from error
-            except (ValueError, TypeError) as error:
-                # A number of more than 64 bits in a filter, say: the client cannot encode it.
-                problem = f"the query cannot be sent: {brief(error)}; {ADVICE['INVALID_ARGUMENT']}"
-                raise QueueFailure("QueueUnavailable", problem, exit_code=2) from error
-            except LookupError as error:
-                problem = f"Firestore gave {brief(error)} while {doing}"
-                raise QueueFailure("QueueUnavailable", problem) from error
             LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
             return answer
 
-        # The rest is for the cluster, which has to be told of a fallback.
-        return retrying(self._budget.share(0.7), is_transient)(once)
+        return retrying(deadline, is_transient)(once)
 
 
 def api_field_path(name: str) -> str:
@@ -1044,16 +1335,16 @@ def never() -> Any:
     return Retry(predicate=if_exception_type())
 
 
-def open_queue(settings: Settings, budget: Budget, progress: Progress) -> JobQueue:
+def open_firestore(settings: Settings) -> Client:
     """Raises QueueFailure where there are no usable Google credentials."""
-    progress.enter("loading the Firestore client", "QueueUnavailable")
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.firestore import Client
 
     try:
-        client = Client(settings.firestore_project, database=settings.firestore_database)
+        return Client(settings.firestore_project, database=settings.firestore_database)
     except (GoogleAuthError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        # Without the library's own text, which quotes what it was given: at times a private key.
+        # All of these come out of the library for a damaged key file. Without its text, which
+        # quotes what it was given: at times a private key.
         raise QueueFailure(
             "Forbidden",
             "no usable Google credentials or project for Firestore: looked for "
@@ -1061,189 +1352,225 @@ def open_queue(settings: Settings, budget: Budget, progress: Progress) -> JobQue
             f"Identity, FIRESTORE_PROJECT ({type(error).__name__})",
             exit_code=2,
         ) from error
-    return JobQueue(settings, client, budget, progress)
 
 
 # ----------------------------------------------------------------------------------- cluster
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-BUSY_COST = INT32_MAX
 PAGE = 500
+
+# What an HTTP status means: the reason, the exit code (1: it gets better by itself), and what to
+# do. A status that is not here counts as 400 or, from 500 on, as 500.
+REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
+    400: ("ClusterUnavailable", 2, ""),
+    401: ("Forbidden", 2, "the credentials of the scaler are missing or expired"),
+    403: (
+        "Forbidden",
+        2,
+        "{hint}the Role in namespace {namespace} has to allow {verb} on {resource} (rbac.yaml), "
+        "if no admission policy refused it (guardrails.yaml)",
+    ),
+    404: ("DeploymentNotFound", 2, "check DEPLOYMENT and NAMESPACE"),
+    408: ("ClusterUnavailable", 1, ""),
+    409: ("ClusterUnavailable", 1, ""),
+    410: ("ClusterUnavailable", 1, ""),  # a page of a list that is too old to go on with
+    422: ("Forbidden", 2, ""),  # an admission policy, or a number that the API does not take
+    429: ("ClusterUnavailable", 1, ""),
+    500: ("ClusterUnavailable", 1, ""),
+}
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What one GET of the Deployment tells."""
+    """What one GET of the Deployment tells.
+
+    `rolled_back` are those of our annotations that a `kubectl rollout undo` put back,
+    `replicas_owners` the entries of managedFields that own spec.replicas.
+    """
 
     uid: str
     resource_version: str
     replicas: int
     annotations: Mapping[str, str]
     selector: str
-    rival: str | None
+    rolled_back: frozenset[str]
+    replicas_owners: Sequence[Mapping[str, Any]]
+
+    @property
+    def own_zero(self) -> bool:
+        """Whether it was this scaler that set the present number."""
+        return {entry.get("manager") for entry in self.replicas_owners} == {FIELD_MANAGER}
 
 
-@dataclass(frozen=True)
-class Pod:
-    """A live pod. `standing` orders pods as the ReplicaSet controller does before it looks at
-    deletion costs: those that sort first are removed first."""
-
-    name: str
-    owner: str | None
-    standing: tuple[bool, int, bool]
-    deletion_cost: int
+def nonsense(what: str, found: object) -> ClusterFailure:
+    """An answer that is not what was asked for, such as a proxy's page; another try may help."""
+    problem = f"the API server's answer makes no sense: {what} is {quoted(found)}"
+    return ClusterFailure("ClusterUnavailable", problem, transient=True)
 
 
-def parse_deployment(answer: Mapping[str, Any]) -> Deployment:
-    metadata, spec = answer["metadata"], answer["spec"]
-    replicas = spec.get("replicas")
+def member(parent: Any, key: str, kind: type[T], default: T | None = None) -> T:
+    """A member of an object in an answer. Raises ClusterFailure where it is of another kind than
+    the API has it, or absent without a default."""
+    found = parent.get(key) if isinstance(parent, dict) else None
+    if found is None and default is not None:
+        return default
+    if not isinstance(found, kind):
+        raise nonsense(key, found)
+    return found
+
+
+def parse_deployment(answer: Any) -> Deployment:
+    metadata, spec = member(answer, "metadata", dict), member(answer, "spec", dict)
+    annotations = member(metadata, "annotations", dict, {})
+    managed = member(metadata, "managedFields", list, [])
     return Deployment(
-        uid=metadata.get("uid", ""),
-        resource_version=metadata["resourceVersion"],
-        replicas=1 if replicas is None else int(replicas),
-        annotations=strings(metadata.get("annotations") or {}),
-        selector=selector_string(spec.get("selector") or {}),
-        rival=rival(metadata.get("managedFields") or []),
+        uid=member(metadata, "uid", str, ""),
+        resource_version=member(metadata, "resourceVersion", str),
+        replicas=member(spec, "replicas", int, 1),
+        annotations={name: member(annotations, name, str) for name in annotations},
+        selector=selector_string(member(spec, "selector", dict, {})),
+        rolled_back=rolled_back(managed),
+        replicas_owners=[one for one in managed if "f:replicas" in owned(one, "f:spec")],
     )
 
 
-def strings(values: Mapping[str, str]) -> dict[str, str]:
-    """The values, if they are what the API allows; else TypeError."""
-    if not all(isinstance(value, str) for value in values.values()):
-        raise TypeError("annotations that are not strings")
-    return dict(values)
+def owned(entry: Any, *path: str) -> Mapping[str, Any]:
+    """The fields under a path that an entry of managedFields owns."""
+    node = member(entry, "fieldsV1", dict, {})
+    for key in path:
+        node = member(node, key, dict, {})
+    return node
 
 
-def selector_string(selector: Mapping[str, Any]) -> str:
+def rolled_back(managed_fields: Sequence[Any]) -> frozenset[str]:
+    """Our annotations that a `kubectl rollout undo` wrote. It updates the whole Deployment in the
+    name of plain `kubectl`; what people write is owned by `kubectl-annotate` and the like.
+
+    The time of the last scale is read as it is: an older one holds nothing up for longer.
+    """
+    ours: set[str] = set()
+    others: set[str] = set()
+    for entry in managed_fields:
+        by_rollback = (
+            entry.get("manager") == "kubectl"
+            and entry.get("operation") == "Update"
+            and not entry.get("subresource")
+        )
+        names = {key.removeprefix("f:") for key in owned(entry, "f:metadata", "f:annotations")}
+        (ours if by_rollback else others).update(names)
+    return frozenset(
+        name for name in ours - others - {LAST_SCALE_TIME, LAST_SCALE}
+        if name.startswith(ANNOTATION)
+    )  # fmt: skip
+
+
+def other_manager(
+    owners: Sequence[Mapping[str, Any]], last_scale_time: datetime | None
+) -> str | None:
+    """Who sets `spec.replicas` beside this scaler, if it is not a person's kubectl.
+
+    Whoever created the Deployment owns the field, too: only a change after the scaler's own, or
+    one through the scale subresource, is another master's.
+    """
+    last = max(owners, key=lambda entry: str(entry.get("time") or ""), default={})
+    names = {str(entry.get("manager")) for entry in owners}
+    manager = str(last.get("manager"))
+    if not last or FIELD_MANAGER in names or re.match(r"kubectl(-|$)", manager):
+        return None
+    at = f" at {last['time']}" if last.get("time") else ""
+    if last.get("subresource") == "scale":
+        hpa = "an HPA, or what acts as one: " if "controller-manager" in manager else ""
+        return f"{hpa}{manager} through the scale subresource{at}"
+    try:
+        later = last_scale_time is not None and read_time(str(last.get("time"))) > last_scale_time
+    except ValueError:
+        return None
+    return f"{manager}{at}" if later else None
+
+
+def selector_string(selector: Any) -> str:
     """A label selector in the form that a list request takes."""
-    words = [f"{key}={value}" for key, value in (selector.get("matchLabels") or {}).items()]
-    for one in selector.get("matchExpressions") or []:
-        key, values = one["key"], ",".join(one.get("values") or [])
+    labels = member(selector, "matchLabels", dict, {})
+    words = [f"{key}={member(labels, key, str)}" for key in labels]
+    for one in member(selector, "matchExpressions", list, []):
+        key, operator = member(one, "key", str), member(one, "operator", str)
+        values = ",".join(str(value) for value in member(one, "values", list, []))
         forms = {
             "In": f"{key} in ({values})",
             "NotIn": f"{key} notin ({values})",
             "Exists": key,
             "DoesNotExist": f"!{key}",
         }
-        words.append(forms[one["operator"]])
+        if operator not in forms:
+            raise nonsense("operator", operator)
+        words.append(forms[operator])
     return ",".join(words)
 
 
-def rival(managed_fields: Sequence[Mapping[str, Any]]) -> str | None:
-    """Who set `spec.replicas` last, if it was neither this scaler nor a person's kubectl."""
-    owners = [
-        entry
-        for entry in managed_fields
-        if "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
-    ]
-    if not owners:
-        return None
-    last = max(owners, key=lambda entry: entry.get("time") or "")
-    manager = str(last.get("manager"))
-    if manager in (FIELD_MANAGER, "kubectl") or manager.startswith("kubectl-"):
-        return None
-    through = f" through the {last['subresource']} subresource" if last.get("subresource") else ""
-    return f"{manager}{through} at {last.get('time')}"
-
-
-def parse_pod(item: Mapping[str, Any]) -> Pod | None:
-    """None for a pod that the ReplicaSet controller does not count either: one that is ending or
-    has ended, or that another controller's labels resemble."""
-    metadata, status = item["metadata"], item.get("status") or {}
-    phase = status.get("phase")
+def parse_pod(item: Any, deployment: str) -> Pod | None:
+    """None for a pod that is ending or has ended, or that is not of this Deployment: its owner
+    has to be a ReplicaSet with the name that the Deployment controller gives it."""
+    metadata, status = member(item, "metadata", dict), member(item, "status", dict, {})
+    phase = member(status, "phase", str, "")
     if metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
         return None
-    owners = [one for one in metadata.get("ownerReferences") or [] if one.get("controller")]
-    if owners and owners[0].get("kind") != "ReplicaSet":
+    template_hash = member(metadata, "labels", dict, {}).get("pod-template-hash")
+    owners = member(metadata, "ownerReferences", list, [])
+    owner = next((one for one in owners if isinstance(one, dict) and one.get("controller")), {})
+    own = ("ReplicaSet", f"{deployment}-{template_hash}")
+    if (owner.get("kind"), owner.get("name")) != own:
         return None
-    conditions = status.get("conditions") or []
+    conditions = member(status, "conditions", list, [])
+    ready = {"type": "Ready", "status": "True"}.items()
+    cost = member(metadata, "annotations", dict, {}).get(DELETION_COST, "0")
     return Pod(
-        name=metadata["name"],
-        owner=owners[0].get("uid") if owners else None,
-        standing=(
-            bool((item.get("spec") or {}).get("nodeName")),
-            {"Pending": 0, "Unknown": 1, "Running": 2}.get(str(phase), 0),
-            any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions),
+        name=member(metadata, "name", str),
+        owner=member(owner, "uid", str, ""),
+        deletion_rank=(
+            bool(member(item, "spec", dict, {}).get("nodeName")),
+            {"Pending": 0, "Unknown": 1, "Running": 2}.get(phase, 0),
+            any(isinstance(one, dict) and ready <= one.items() for one in conditions),
         ),
-        deletion_cost=read_cost((metadata.get("annotations") or {}).get(DELETION_COST, "0")),
+        # The controller takes an unreadable cost for 0; -1 has it written anew.
+        deletion_cost=int(cost) if re.fullmatch(r"-?[0-9]{1,10}", str(cost)) else -1,
     )
 
 
-def parse_pods(answer: Mapping[str, Any]) -> list[Pod | None]:
-    return [parse_pod(item) for item in answer.get("items") or []]
-
-
-def read_cost(value: str) -> int:
-    """The controller takes an unreadable cost for 0; -1 has it written anew."""
-    return int(value) if re.fullmatch(r"-?[0-9]{1,10}", value) else -1
-
-
-def least_replicas(live: Sequence[Pod], busy: set[str]) -> int:
-    """The least number of replicas at which the controllers remove idle pods only, once each busy
-    pod has the highest deletion cost.
-
-    The ReplicaSet controller takes pods that are unassigned, pending or not ready before it
-    compares deletion costs, so an idle pod is a safe victim only if it comes before the first
-    busy one in the whole order. During a rollout the Deployment controller shares a scale-in
-    between the ReplicaSets in proportion to their sizes, and no mark can steer it: nothing is
-    removed then.
-    """
-    if not any(pod.name in busy for pod in live):
-        return 0
-    if len({pod.owner for pod in live}) > 1:
-        return INT32_MAX
-    first_busy = min((pod.standing, BUSY_COST) for pod in live if pod.name in busy)
-    idle = [pod for pod in live if pod.name not in busy]
-    return len(live) - sum((pod.standing, pod.deletion_cost) < first_busy for pod in idle)
-
-
-def wanted_cost(pod: Pod, busy: set[str]) -> int:
-    return BUSY_COST if pod.name in busy else 0
-
-
 class Cluster:
-    """The API server, as far as this scaler may see it: one Deployment, its pods, its events.
+    """The API server, as far as this scaler may see it: one Deployment, its pods, its events."""
 
-    Every method raises ClusterFailure.
-    """
-
-    def __init__(
-        self, client: ApiClient, namespace: str, name: str, budget: Budget, progress: Progress
-    ):
-        self.namespace, self.budget = namespace, budget
-        self._client, self._name, self._progress = client, name, progress
+    def __init__(self, client: ApiClient, namespace: str, name: str, run: Run) -> None:
+        self.namespace, self.name, self.run = namespace, name, run
+        self._client = client
 
     def read_deployment(self) -> Deployment:
-        def once() -> Deployment:
-            doing = "reading the Deployment"
-            answer = self._call(doing, "GET", "deployments", self._name)
-            return understood(doing, parse_deployment, answer, "Deployment")
-
-        return self._retry(once)
+        """Raises ClusterFailure."""
+        doing = "reading the Deployment"
+        return self._retry(
+            lambda: parse_deployment(self._call(doing, "GET", "deployments", self.name))
+        )
 
     def live_pods(self, selector: str) -> list[Pod]:
+        """The pods that the Deployment's ReplicaSets count. Raises ClusterFailure."""
         if not selector:
             # It would select every pod of the namespace; the API allows no such Deployment.
-            problem = "the Deployment came without a selector"
-            raise ClusterFailure("ClusterUnavailable", problem)
+            raise ClusterFailure("ClusterUnavailable", "the Deployment came without a selector")
 
         def once() -> list[Pod]:
-            doing, live = "listing the pods", []
+            found: list[Pod | None] = []
             query = {"labelSelector": selector, "limit": str(PAGE)}
             while True:
-                answer = self._call(doing, "GET", "pods", query=query)
-                page = understood(doing, parse_pods, answer, "PodList")
-                live += [pod for pod in page if pod]
-                token = (answer.get("metadata") or {}).get("continue")
-                if not token:
-                    # A bare pod with the same labels is somebody's own.
-                    return [pod for pod in live if pod.owner] or live
-                query["continue"] = token
+                page = self._call("listing the pods", "GET", "pods", query=query)
+                items = member(page, "items", list, [])
+                found += [parse_pod(item, self.name) for item in items]
+                query["continue"] = member(member(page, "metadata", dict, {}), "continue", str, "")
+                if not query["continue"]:
+                    return [pod for pod in found if pod]
 
         return self._retry(once)
 
-    def mark(self, pod: Pod, cost: int) -> bool:
-        """Set a pod's deletion cost. False where the pod is gone."""
+    def set_deletion_cost(self, pod: Pod, cost: int) -> bool:
+        """False where the pod is gone. Raises ClusterFailure."""
         body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
         try:
             self._retry(lambda: self._call("marking pods", "PATCH", "pods", pod.name, body))
@@ -1254,24 +1581,24 @@ class Cluster:
         return True
 
     def patch_deployment(self, body: Mapping[str, Any]) -> Deployment:
-        """One merge patch, and the Deployment after it. It is not repeated: Interfered means that
-        the Deployment has to be read again to know what became of it."""
+        """One merge patch, and the Deployment after it. It is not repeated here.
+
+        Raises ClusterFailure, with `read_again` where only the Deployment itself can tell what
+        became of the patch.
+        """
         doing = "patching the Deployment"
         try:
-            answer = self._call(doing, "PATCH", "deployments", self._name, body)
-            return understood(doing, parse_deployment, answer, "Deployment")
+            return parse_deployment(self._call(doing, "PATCH", "deployments", self.name, body))
         except ClusterFailure as failure:
-            if not failure.transient:
-                raise
-            again = Interfered(failure.reason, str(failure), retry_after=failure.retry_after)
-            again.status = failure.status
-            raise again from failure
+            failure.read_again = failure.transient or failure.status == 409
+            raise
 
     def post_event(self, event: Mapping[str, Any]) -> None:
+        """Raises ClusterFailure."""
         self._call("writing the Event", "POST", "events", body=event)
 
     def _retry(self, once: Callable[[], T]) -> T:
-        return retrying(self.budget, is_transient)(once)
+        return retrying(self.run.deadline, is_transient)(once)
 
     def _call(
         self,
@@ -1282,18 +1609,48 @@ class Cluster:
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, str] | None = None,
     ) -> Any:
-        """One request with plain JSON, which spares the import of the client's generated models
-        (more CPU than all the rest of a run)."""
+        """One request, and the JSON object of its answer. Raises ClusterFailure."""
+        self.run.enter(doing, "ClusterUnavailable")
+        if self.run.deadline.left() <= 0:
+            raise ClusterFailure("ClusterUnavailable", f"no time was left for {doing}")
+        group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
+        path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
+        started = time.monotonic()
+        try:
+            status, headers, content = self._send(method, path, body, query)
+        except ClusterFailure as failure:
+            LOG.debug("%s %s failed after %.3f s", method, path, time.monotonic() - started)
+            raise ClusterFailure(
+                failure.reason, f"{failure} while {doing}", failure.exit_code, failure.transient
+            ) from failure
+        LOG.debug("%s %s: %d in %.3f s", method, path, status, time.monotonic() - started)
+        if not 200 <= status < 300:
+            said = f"the API server answered {status} while {doing}: {status_message(content)}"
+            raise self._refusal(said, method, resource, status, retry_after(headers))
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            raise nonsense("the body", content[:120]) from None
+        kind = {"deployments": "Deployment", "pods": "Pod" if name else "PodList"}.get(resource)
+        if not isinstance(answer, dict) or (kind and answer.get("kind") != kind):
+            raise nonsense("the body", answer)
+        return answer
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        query: Mapping[str, str] | None,
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """The status, headers and body of an answer. With plain JSON, which spares the import of
+        the client's generated models: more CPU than all the rest of a run."""
         from kubernetes.client.exceptions import OpenApiException
         from kubernetes.config import ConfigException
         from urllib3.exceptions import HTTPError
 
-        self._progress.enter(doing, "ClusterUnavailable")
-        group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
-        path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
         parameters = dict(query or {}) if method == "GET" else {"fieldManager": FIELD_MANAGER}
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        started = time.monotonic()
         try:
             request = self._client.param_serialize(
                 method,
@@ -1303,78 +1660,47 @@ class Cluster:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            response = self._client.call_api(*request, _request_timeout=self.budget.for_call())
-            text = response.read()
+            timeout = self.run.deadline.for_call()
+            response = self._client.call_api(*request, _request_timeout=timeout)
+            return response.status, response.headers, response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
-            LOG.debug("%s %s failed after %.3f s", method, path, time.monotonic() - started)
-            raise ClusterFailure(
-                "ClusterUnavailable",
-                f"the API server did not answer while {doing}: {brief(error)}",
-                transient=True,
-            ) from error
+            problem = f"the API server did not answer: {one_line(error)}"
+            raise ClusterFailure("ClusterUnavailable", problem, transient=True) from error
         except ValueError:
-            # Its text, http.client's, quotes the whole header.
+            # From http.client; its text quotes the whole header.
             problem = "the credentials hold a character that no HTTP header can, such as a line end"
             raise ClusterFailure("Forbidden", problem, exit_code=2) from None
-        LOG.debug("%s %s: %d in %.3f s", method, path, response.status, time.monotonic() - started)
-        if not 200 <= response.status < 300:
-            raise self._refusal(doing, method, resource, response)
-        return understood(doing, json.loads, text)
 
-    def _refusal(self, doing: str, method: str, resource: str, response: Any) -> ClusterFailure:
+    def _refusal(
+        self, said: str, method: str, resource: str, status: int, pause: float
+    ) -> ClusterFailure:
         """The failure that an HTTP status stands for, with what to do about it."""
-        status = response.status
-        message = f"the API server answered {status} while {doing}: {status_message(response.data)}"
-        if status in (408, 410, 429) or status >= 500:
-            pause = retry_after(response.headers)
-            failure = ClusterFailure("ClusterUnavailable", message, 1, True, pause)
-        elif status == 404 and resource == "deployments":
-            message = f"there is no Deployment {self._name} in namespace {self.namespace}"
-            advice = "; check DEPLOYMENT and NAMESPACE"
-            failure = ClusterFailure("DeploymentNotFound", message + advice, 2)
-        elif status == 401:
-            advice = "; the credentials of the scaler are missing or expired"
-            failure = ClusterFailure("Forbidden", message + advice, 2)
-        elif status == 403:
-            read = "get" if resource == "deployments" else "list"
-            verb = {"PATCH": "patch", "POST": "create"}.get(method, read)
-            advice = (
-                f"; the Role in namespace {self.namespace} has to allow {verb} on {resource} "
-                "(rbac.yaml), if no admission policy refused it (guardrails.yaml)"
-            )
-            failure = ClusterFailure("Forbidden", message + advice, 2)
-        elif status == 409:
-            failure = Interfered("ClusterUnavailable", message)
-        else:
-            reason: Reason = "Forbidden" if status == 422 else "ClusterUnavailable"
-            failure = ClusterFailure(reason, message, 2)
+        known = status if status in REFUSALS else 500 if status >= 500 else 400
+        if known == 404 and resource != "deployments":
+            known = 400
+        reason, exit_code, advice = REFUSALS[known]
+        if known == 404:
+            said = f"there is no Deployment {self.name} in namespace {self.namespace}"
+        get = method == "GET" and resource == "deployments"
+        verb = {"PATCH": "patch", "POST": "create"}.get(method, "get" if get else "list")
+        hint = f"is DEPLOYMENT={self.name} spelled as in the Role? " if get else ""
+        advice = advice.format(hint=hint, namespace=self.namespace, verb=verb, resource=resource)
+        message = f"{said}; {advice}" if advice else said
+        transient = exit_code == 1 and status != 409
+        failure = ClusterFailure(reason, message, exit_code, transient, pause if transient else 0)
         failure.status = status
         return failure
 
 
-def understood(doing: str, parse: Callable[[Any], T], answer: Any, kind: str | None = None) -> T:
-    """What an answer means; one that is not what was asked for is a transient failure (a proxy's
-    error page, an answer cut short)."""
-    try:
-        if kind and answer.get("kind") != kind:
-            raise ValueError(f"kind {quoted(answer.get('kind'))} instead of {kind}")
-        return parse(answer)
-    except (
-        ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError,
-    ) as error:  # fmt: skip
-        raise ClusterFailure(
-            "ClusterUnavailable",
-            f"the API server's answer makes no sense while {doing}: {type(error).__name__}",
-            transient=True,
-        ) from error
-
-
-def status_message(text: bytes) -> str:
+def status_message(content: bytes) -> str:
     """The sentence of a Status object, or the beginning of whatever came instead."""
     try:
-        return brief(json.loads(text)["message"])
-    except (ValueError, TypeError, KeyError):
-        return quoted(text.decode(errors="replace"))
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        said = None
+    if isinstance(said, dict) and isinstance(said.get("message"), str):
+        return one_line(said["message"])
+    return quoted(content.decode(errors="replace"))
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -1383,272 +1709,234 @@ def retry_after(headers: Mapping[str, str]) -> float:
     return float(value) if re.fullmatch(r"\d{1,6}", value) else 0.0
 
 
-def open_cluster(
-    settings: Settings, environ: Mapping[str, str], budget: Budget, progress: Progress
-) -> Cluster:
+def open_cluster(settings: Settings, run: Run) -> Cluster:
     """The cluster that this pod runs in or, outside one, the kubeconfig's, as for kubectl.
 
     Raises ClusterFailure where there is no usable configuration.
     """
-    progress.enter("loading the Kubernetes client", "ClusterUnavailable")
+    run.enter("loading the Kubernetes client", "ClusterUnavailable")
     from kubernetes import config
     from kubernetes.client import ApiClient, Configuration
+    from kubernetes.config.incluster_config import InClusterConfigLoader
     from yaml import YAMLError
 
     configuration = Configuration()
-    configuration.retries = False  # urllib3's own would outlast the budget
+    configuration.retries = False  # urllib3's own would outlast the deadline
     try:
-        if "KUBERNETES_SERVICE_HOST" in environ and not environ.get("KUBECONFIG"):
-            config.load_incluster_config(client_configuration=configuration)
+        if "KUBERNETES_SERVICE_HOST" in run.environ and not run.environ.get("KUBECONFIG"):
+            token, ca = str(SERVICE_ACCOUNT / "token"), str(SERVICE_ACCOUNT / "ca.crt")
+            InClusterConfigLoader(token, ca, environ=run.environ).load_and_set(configuration)
             own = (SERVICE_ACCOUNT / "namespace").read_text().strip()
         else:
-            config.load_kube_config(client_configuration=configuration, persist_config=False)
-            own = config.list_kube_config_contexts()[1]["context"].get("namespace") or "default"
+            path = run.environ.get("KUBECONFIG") or "~/.kube/config"
+            config.load_kube_config(path, client_configuration=configuration, persist_config=False)
+            context = config.list_kube_config_contexts(path)[1]["context"]
+            own = context.get("namespace") or "default"
     except (
         config.ConfigException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
     ) as error:  # fmt: skip
-        said = brief(error) if isinstance(error, config.ConfigException | OSError) else "damaged"
+        # All of these come out of the library for a damaged file.
+        known = isinstance(error, config.ConfigException | OSError)
         raise ClusterFailure(
             "ClusterUnavailable",
             "no usable cluster configuration: looked for a service account "
             f"(KUBERNETES_SERVICE_HOST and {SERVICE_ACCOUNT}), KUBECONFIG and ~/.kube/config: "
-            f"{type(error).__name__}: {said}",
+            f"{type(error).__name__}: {one_line(error) if known else 'damaged'}",
             exit_code=2,
         ) from error
     client = ApiClient(configuration)
-    client.user_agent = f"queue-scaler/{__version__}"
-    progress.namespace = settings.namespace or own
-    return Cluster(client, progress.namespace, settings.deployment, budget, progress)
+    client.user_agent = f"{FIELD_MANAGER}/{__version__}"
+    run.namespace = settings.namespace or own
+    return Cluster(client, run.namespace, settings.deployment, run)
 
 
-# --------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------- one look
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended; with the names and the times added, the result record."""
-
-    reason: Reason
-    message: str
-    exit_code: int = 0
-    waiting: int | None = None
-    waiting_capped: bool = False
-    busy: int | None = None
-    current: int | None = None
-    desired: int | None = None
-    replicas: int | None = None
-    action: Literal["scale-up", "scale-down", "none"] = "none"
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class World:
-    """The two outside worlds of a run, its settings, and the time. The queue is opened when it is
-    first asked for."""
-
-    settings: Settings
-    cluster: Cluster
-    queue: Callable[[], JobQueue]
-    now: Callable[[], datetime]
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A decision on its way to the Deployment, with what it rests on."""
-
-    decision: Decision
-    seen: Observed
-    annotations: Mapping[str, str | None]
-    exit_code: int
-    warnings: tuple[str, ...]
-
-    @property
-    def scales(self) -> bool:
-        return self.decision.replicas != self.seen.replicas
-
-    def landed(self, deployment: Deployment) -> bool:
-        """Whether the Deployment carries this patch."""
-        return deployment.replicas == self.decision.replicas and all(
-            deployment.annotations.get(name) == value for name, value in self.annotations.items()
-        )
-
-    def outcome(self, replicas: int, dry_run: bool = False) -> Outcome:
-        """How the run ends, with the number of replicas that the Deployment has after it."""
-        seen, decision, queue = self.seen, self.decision, self.seen.queue
-        change = decision.replicas - seen.replicas
-        return Outcome(
-            reason=decision.reason,
-            message=("dry run, nothing is changed: " if dry_run else "") + decision.message,
-            exit_code=self.exit_code,
-            waiting=queue.waiting if queue else None,
-            waiting_capped=bool(queue and queue.capped),
-            busy=queue.busy if queue else None,
-            current=seen.replicas,
-            desired=decision.desired,
-            replicas=replicas,
-            action="scale-up" if change > 0 else "scale-down" if change < 0 else "none",
-            warnings=self.warnings,
-        )
-
-
-def run(world: World) -> Outcome:
+def look(settings: Settings, cluster: Cluster, queue: JobQueue) -> Decision:
     """Read, decide, apply; again from the start where another writer came in between.
 
-    Raises Failure.
+    Raises ClusterFailure.
     """
-    unsettled: list[Sent] = []
+    pending: list[Decision] = []
     # An attempt that begins later would blame the queue for the time that it lacks.
-    budget = world.cluster.budget.share(0.8)
-    return retrying(budget, is_interference)(lambda: attempt(world, unsettled))
+    again = retrying(cluster.run.deadline.one_call_earlier(), has_to_read_again)
+    return again(lambda: attempt(settings, cluster, queue, pending))
 
 
-def attempt(world: World, unsettled: list[Sent]) -> Outcome:
-    settings = world.settings
-    deployment = world.cluster.read_deployment()
-    world.progress.replicas, world.progress.in_doubt = deployment.replicas, False
-    for sent in unsettled:
-        if sent.landed(deployment):
-            return finish(world, deployment, sent)
-    now = world.now()
-    seen = Observed(now, deployment.replicas, recall(deployment.annotations, settings, now))
-    exit_code = 0
+def attempt(
+    settings: Settings, cluster: Cluster, queue: JobQueue, pending: list[Decision]
+) -> Decision:
+    """`pending` are the decisions whose patch may or may not have reached the Deployment."""
+    run = cluster.run
+    deployment = cluster.read_deployment()
+    run.current, run.in_doubt = deployment.replicas, False
+    for decision in pending:
+        if landed(decision, deployment):
+            return finish(cluster, deployment, decision)
+    now = run.now()
+    state = parse_state(deployment.annotations, settings, now, deployment.rolled_back)
+    inputs = Inputs(now, deployment.replicas, state, own_zero=deployment.own_zero)
     try:
-        seen, decision = observe(world, deployment, seen)
+        decision = decide_by_queue(settings, cluster, queue, deployment, inputs)
     except QueueFailure as problem:
-        decision, exit_code = without_queue(settings, seen, problem), problem.exit_code
-    warnings = seen.memory.warnings
-    if deployment.rival:
-        warnings += (f"two masters: spec.replicas was last set by {deployment.rival}; keep one",)
-    written = annotations_to_write(deployment, seen, decision)
-    sent = Sent(decision, seen, written, exit_code, warnings)
-    return apply(world, deployment, sent, unsettled)
+        decision = without_queue(settings, inputs, problem)
+    warnings = state.warnings
+    if other := other_manager(deployment.replicas_owners, state.last_scale_time):
+        warnings += (f"two masters: spec.replicas was last set by {other}; keep one",)
+    if run.dry_run:
+        message = f"dry run, nothing is changed: {decision.message}"
+        decision = replace(decision, message=message)
+    annotations = annotations_to_write(deployment, decision, now)
+    decision = replace(decision, annotations=annotations, warnings=warnings)
+    return apply(cluster, deployment, decision, pending)
 
 
-def observe(world: World, deployment: Deployment, seen: Observed) -> tuple[Observed, Decision]:
+def decide_by_queue(
+    settings: Settings, cluster: Cluster, queue: JobQueue, deployment: Deployment, inputs: Inputs
+) -> Decision:
     """Read what the decision needs, and no more: the queue is not waited for where a person or the
     range decides, and no document is read unless a scale-down is about to happen.
 
     Raises QueueFailure, ClusterFailure.
     """
-    settings, live = world.settings, None
-    decision = overrule(settings, seen)
+    live: list[Pod] | None = None
+    decision = override(settings, inputs)
     if decision is None:
         if settings.busy_filter is not None:
-            live = world.cluster.live_pods(deployment.selector)
+            live = cluster.live_pods(deployment.selector)
         names = None if live is None else [pod.name for pod in live]
-        seen = replace(seen, queue=world.queue().read(names))
-        decision = decide(settings, seen)
-    if decision.replicas >= seen.replicas or settings.busy_filter is None:
-        return seen, decision
+        inputs = replace(inputs, queue=queue.count(names))
+        decision = decide(settings, inputs)
+    if decision.change >= 0 or settings.busy_filter is None:
+        return decision
     if live is None:
-        live = world.cluster.live_pods(deployment.selector)
-    return protect_busy(world, live, seen)
+        live = cluster.live_pods(deployment.selector)
+    return protect_busy_pods(settings, cluster, queue, live, inputs)
 
 
-def protect_busy(world: World, live: Sequence[Pod], seen: Observed) -> tuple[Observed, Decision]:
+def protect_busy_pods(
+    settings: Settings, cluster: Cluster, queue: JobQueue, live: Sequence[Pod], inputs: Inputs
+) -> Decision:
     """Mark the live pods so that a scale-down takes idle ones, and decide once more with what a
-    second look, after the marking, says of them: a job claimed in between protects its pod."""
+    second reading, after the marking, says of them: a job claimed in between protects its pod.
 
-    def look(live: Sequence[Pod]) -> tuple[set[str], Observed, Decision]:
-        busy = world.queue().busy_pods([pod.name for pod in live])
-        now_seen = replace(seen, keep=least_replicas(live, busy))
-        return busy, now_seen, decide(world.settings, now_seen)
+    Raises QueueFailure, ClusterFailure.
+    """
 
-    busy, now_seen, decision = look([replace(pod, deletion_cost=0) for pod in live])
-    if decision.replicas >= seen.replicas or world.settings.dry_run:
-        return now_seen, decision
+    def read(live: Sequence[Pod]) -> tuple[set[str], Decision]:
+        busy = queue.busy_pods([pod.name for pod in live])
+        floor, because = busy_floor(live, busy)
+        now_known = replace(inputs, busy_floor=floor, busy_because=because)
+        return busy, decide(settings, now_known)
+
+    busy, decision = read([replace(pod, deletion_cost=0) for pod in live])
+    if decision.change >= 0 or cluster.run.dry_run:
+        return decision
     before = {pod.name: pod.deletion_cost for pod in live}
-    live = mark_pods(world.cluster, live, busy)
-    # A pod that finished since it was marked keeps its mark, and so its place, until the next run.
-    busy, now_seen, decision = look(live)
+    live = mark_pods(cluster, live, busy)
+    # A pod that finished since it was marked keeps its mark, and so its place, until the next look.
+    busy, decision = read(live)
     mend = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
     marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
     if marked + len(mend) > len(live):
-        # More than one mark a pod: too much is going on. The next run has fewer to make.
-        now_seen = replace(now_seen, keep=INT32_MAX)
-        decision = decide(world.settings, now_seen)
-    if decision.replicas < seen.replicas:
+        # More than one mark a pod: too much is going on. The next look has fewer to make.
+        because = ", as jobs were claimed while the pods were marked"
+        decision = decide(settings, replace(inputs, busy_floor=INT32_MAX, busy_because=because))
+    if decision.change < 0:
         # A person's order is carried out whatever it costs, so that each mark has to be right.
-        mark_pods(world.cluster, live if decision.reason == "Paused" else mend, busy)
-    return now_seen, decision
+        mark_pods(cluster, live if decision.reason == "Paused" else mend, busy)
+    return decision
 
 
-def mark_pods(cluster: Cluster, pods: Iterable[Pod], busy: set[str]) -> list[Pod]:
+def mark_pods(cluster: Cluster, live: Iterable[Pod], busy: set[str]) -> list[Pod]:
     """Give pods the deletion cost they should have, where they have another. The pods after
-    that, without those that somebody deleted meanwhile."""
-    costs = [(pod, wanted_cost(pod, busy)) for pod in pods]
+    that, without those that somebody deleted meanwhile. Raises ClusterFailure."""
+    costs = [(pod, BUSY_COST if pod.name in busy else 0) for pod in live]
     return [
         replace(pod, deletion_cost=cost)
         for pod, cost in costs
-        if pod.deletion_cost == cost or cluster.mark(pod, cost)
+        if pod.deletion_cost == cost or cluster.set_deletion_cost(pod, cost)
     ]
 
 
 def annotations_to_write(
-    deployment: Deployment, seen: Observed, decision: Decision
+    deployment: Deployment, decision: Decision, now: datetime
 ) -> dict[str, str | None]:
     """The annotations that have to change for a decision to be on record."""
     wanted = dict(decision.annotations)
-    if decision.replicas != seen.replicas:
-        verb = "up" if decision.replicas > seen.replicas else "down"
-        wanted[LAST_SCALE_TIME] = write_time(seen.now)
-        wanted[LAST_SCALE] = f"{verb} {seen.replicas}->{decision.replicas}"
+    if decision.change:
+        verb = "up" if decision.change > 0 else "down"
+        wanted[LAST_SCALE_TIME] = write_time(now)
+        wanted[LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
     return {
         name: value for name, value in wanted.items() if deployment.annotations.get(name) != value
     }
 
 
-def apply(world: World, deployment: Deployment, sent: Sent, unsettled: list[Sent]) -> Outcome:
+def apply(
+    cluster: Cluster, deployment: Deployment, decision: Decision, pending: list[Decision]
+) -> Decision:
     """The one place that changes the Deployment. `resourceVersion` as read makes the API server
-    refuse the patch if anybody else wrote in between."""
+    refuse the patch if anybody else wrote in between. Raises ClusterFailure."""
+    run = cluster.run
+    if run.dry_run or not (decision.annotations or decision.change):
+        return decision
     body: dict[str, Any] = {"metadata": {"resourceVersion": deployment.resource_version}}
-    if sent.annotations:
-        body["metadata"]["annotations"] = sent.annotations
-    if sent.scales:
-        body["spec"] = {"replicas": sent.decision.replicas}
-    if world.settings.dry_run or not (sent.annotations or sent.scales):
-        return sent.outcome(deployment.replicas, world.settings.dry_run)
-    world.progress.in_doubt = True
+    if decision.annotations:
+        body["metadata"]["annotations"] = decision.annotations
+    if decision.change:
+        body["spec"] = {"replicas": decision.replicas}
+    run.in_doubt = True
     try:
-        after = world.cluster.patch_deployment(body)
+        after = cluster.patch_deployment(body)
     except ClusterFailure as failure:
-        world.progress.in_doubt = isinstance(failure, Interfered) and failure.may_have_landed
-        if world.progress.in_doubt and sent.scales:
-            unsettled.append(sent)
+        # An answer below 500 is the API server's own: it has refused.
+        run.in_doubt = failure.read_again and not 400 <= failure.status < 500
+        if run.in_doubt and decision.change:
+            pending.append(decision)
         raise
-    return finish(world, after, sent)
+    return finish(cluster, after, decision)
 
 
-def finish(world: World, deployment: Deployment, sent: Sent) -> Outcome:
+def landed(decision: Decision, deployment: Deployment) -> bool:
+    """Whether the Deployment carries the patch of a decision."""
+    return deployment.replicas == decision.replicas and all(
+        deployment.annotations.get(name) == value for name, value in decision.annotations.items()
+    )
+
+
+def finish(cluster: Cluster, deployment: Deployment, decision: Decision) -> Decision:
     """What remains once the patch is known to have landed: the Event, as the HPA writes one."""
-    outcome = sent.outcome(deployment.replicas)
-    if sent.scales:
-        world.progress.outcome = outcome
+    cluster.run.in_doubt = False
+    if decision.change:
+        cluster.run.done = decision
         try:
-            world.cluster.post_event(event(world, deployment, sent))
+            cluster.post_event(event(cluster, deployment, decision))
         except ClusterFailure as failure:
             LOG.warning("no Event was written: %s", failure)
-    return outcome
+    return decision
 
 
-def event(world: World, deployment: Deployment, sent: Sent) -> dict[str, Any]:
-    name, namespace = world.settings.deployment, world.cluster.namespace
-    when = write_time(sent.seen.now)
+def event(cluster: Cluster, deployment: Deployment, decision: Decision) -> dict[str, Any]:
+    when = write_time(cluster.run.now())
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{name[:200]}.{os.urandom(8).hex()}", "namespace": namespace},
+        "metadata": {
+            "name": f"{cluster.name[:200]}.{os.urandom(8).hex()}",
+            "namespace": cluster.namespace,
+        },
         "involvedObject": {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
-            "name": name,
-            "namespace": namespace,
+            "name": cluster.name,
+            "namespace": cluster.namespace,
             "uid": deployment.uid,
         },
         "type": "Normal",
         "reason": "SuccessfulRescale",
-        "message": scrub(f"New size: {sent.decision.replicas}; {sent.decision.message}")[:1024],
+        "message": scrub(f"New size: {decision.replicas}; {decision.message}")[:1024],
         "source": {"component": FIELD_MANAGER},
         "reportingComponent": FIELD_MANAGER,
         "reportingInstance": FIELD_MANAGER,
@@ -1658,21 +1946,18 @@ def event(world: World, deployment: Deployment, sent: Sent) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------- report and main
+# ------------------------------------------------------------------------------------ report
 
-WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
 RECORD_BYTES = 4095
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
-
-
 SECRETS = re.compile(
     r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
 )
 
 
-def scrub(text: str) -> str:
+def scrub(message: str) -> str:
     """Without tokens and keys, which errors of libraries and answers of proxies may quote."""
-    return SECRETS.sub("[removed]", text)
+    return SECRETS.sub("[removed]", message)
 
 
 class LineFormatter(logging.Formatter):
@@ -1699,177 +1984,232 @@ def set_up_logging(environ: Mapping[str, str]) -> None:
     handler.setFormatter(LineFormatter(environ.get("LOG_FORMAT", "").strip().lower() == "json"))
     LOG.handlers[:] = [handler]
     LOG.propagate = False
-    # Else Python prints what libraries log: a login helper's output, for one.
-    logging.getLogger().addHandler(logging.NullHandler())
+    # A line that cannot be written is lost; it does not keep the run from its work.
+    logging.raiseExceptions = False
+    if not logging.getLogger().handlers:
+        # Else Python prints what libraries log: a login helper's output, for one.
+        logging.getLogger().addHandler(logging.NullHandler())
     level = environ.get("LOG_LEVEL", "").strip().upper()
     LOG.setLevel(level if level in ("DEBUG", "WARNING", "ERROR") else "INFO")
 
 
-@dataclass(frozen=True)
-class Reporter:
-    """Writes how a run ended, once, whichever thread gets there first."""
-
-    environ: Mapping[str, str]
-    now: Callable[[], datetime]
-    progress: Progress
-    dry_run: bool
-    taken: threading.Lock = field(default_factory=threading.Lock)
-
-    def end(self, outcome: Outcome) -> int:
-        """Log the line, write the result record, and give the exit code."""
-        if not self.taken.acquire(blocking=False):
-            time.sleep(2)
-            return outcome.exit_code
-        record = self.record(outcome)
-        for warning in outcome.warnings:
-            LOG.warning("%s", warning)
-        level = {0: logging.INFO, 1: logging.WARNING}.get(outcome.exit_code, logging.ERROR)
-        target = "/".join(filter(None, (record["namespace"], record["deployment"])))
-        line = f"{target} {outcome.reason}: {outcome.message}".strip()
-        LOG.log(level, "%s", line, extra={"record": record})
-        self.write_termination_log(record)
-        return outcome.exit_code
-
-    def record(self, outcome: Outcome) -> dict[str, Any]:
-        return {
-            "time": write_time(self.now()),
-            "namespace": self.progress.namespace or self.name("NAMESPACE"),
-            "deployment": self.name("DEPLOYMENT"),
-            "waiting": outcome.waiting,
-            "waitingCapped": outcome.waiting_capped,
-            "busy": outcome.busy,
-            "current": outcome.current,
-            "desired": outcome.desired,
-            "replicas": outcome.replicas,
-            "action": outcome.action,
-            "reason": outcome.reason,
-            "message": scrub(outcome.message),
-            "dryRun": self.dry_run,
-            "durationSeconds": round(time.monotonic() - self.progress.started, 3),
-        }
-
-    def name(self, variable: str) -> str | None:
-        """A name as it was set, right or wrong, in a form that fits into a line."""
-        value = self.environ.get(variable)
-        if value is None:
-            return None
-        return scrub(" ".join(value[:253].encode(errors="replace").decode().split()))
-
-    def write_termination_log(self, record: dict[str, Any]) -> None:
-        path = Path(self.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
-        if str(path) == DEFAULT_TERMINATION_LOG and not path.exists():
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_record(record))
-        except OSError as error:
-            LOG.warning("the result record was not written: %s", error)
+def tell(run: Run, decision: Decision) -> None:
+    """Note how a look ended, and log its line where it has something new to say."""
+    scales = decision.change != 0 and not run.dry_run
+    news = replace(decision, message="", annotations={})
+    run.looks, run.last = run.looks + 1, decision
+    if scales:
+        run.last_scale = decision
+    if news != run.told or scales:
+        log_decision(run, decision)
+    run.told = news
 
 
-def encode_record(record: Mapping[str, Any]) -> bytes:
+def log_decision(run: Run, decision: Decision) -> None:
+    for warning in decision.warnings:
+        LOG.warning("%s", warning)
+    result = record(run, decision)
+    level = {0: logging.INFO, 1: logging.WARNING}.get(decision.exit_code, logging.ERROR)
+    target = "/".join(filter(None, (result["namespace"], result["deployment"])))
+    line = f"{target} {decision.reason}: {decision.message}".strip()
+    LOG.log(level, "%s", line, extra={"record": result})
+
+
+def record(run: Run, decision: Decision) -> dict[str, Any]:
+    """The result record of a decision."""
+    queue = decision.queue
+    looks = {"looks": run.looks} if run.polls else {}
+    return {
+        "time": write_time(run.now()),
+        "namespace": run.namespace or name_in(run.environ, "NAMESPACE"),
+        "deployment": name_in(run.environ, "DEPLOYMENT"),
+        "waiting": queue.waiting if queue else None,
+        "waitingCapped": bool(queue and queue.capped),
+        "busy": queue.busy if queue else None,
+        "current": decision.current,
+        "desired": decision.desired,
+        "replicas": decision.current if run.dry_run else decision.replicas,
+        "action": decision.action,
+        "reason": decision.reason,
+        "message": scrub(decision.message),
+        "dryRun": run.dry_run,
+        "durationSeconds": round(time.monotonic() - run.started, 3),
+        **looks,
+    }
+
+
+def name_in(environ: Mapping[str, str], variable: str) -> str | None:
+    """A name as it was set, right or wrong, in a form that fits into a line."""
+    value = environ.get(variable)
+    if value is None:
+        return None
+    return scrub(" ".join(value[:253].encode(errors="replace").decode().split()))
+
+
+def write_record(run: Run, decision: Decision) -> None:
+    """Write the result record to the termination message."""
+    path = Path(run.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
+    if str(path) == DEFAULT_TERMINATION_LOG and not path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_record(record(run, decision)))
+    except OSError as error:
+        LOG.warning("the result record was not written: %s", error)
+
+
+def encode_record(result: Mapping[str, Any]) -> bytes:
     """JSON of less than the 4,096 bytes that the kubelet keeps; the message gives way."""
-    message = str(record["message"])
+    message = str(result["message"])
     while True:
-        data = json.dumps({**record, "message": message}, ensure_ascii=False).encode(
-            errors="replace"
-        )
+        shown = json.dumps({**result, "message": message}, ensure_ascii=False)
+        data = shown.encode(errors="replace")
         if len(data) <= RECORD_BYTES or not message:
             return data
         message = message[: len(message) * 3 // 4]
 
 
-def watch(reporter: Reporter, settings: Settings) -> None:
-    """End the run on SIGTERM, on SIGINT, and when its time is up, whatever the main thread is
-    waiting for: no timeout of a client covers an answer that drips in, or a name server."""
-    signum = signal.sigwait(WATCHED)
-    progress = reporter.progress
-    out_of_time = signum == signal.SIGALRM
-    why = (
-        f"out of time (TIMEOUT_SECONDS={settings.timeout_seconds})"
-        if out_of_time
-        else f"ended by {signal.Signals(signum).name}"
-    )
-    reason = f"{why} while {progress.stage}"
-    outcome = progress.outcome or broken_off(progress, progress.stage_reason, reason, 1)
-    exit_code = outcome.exit_code if out_of_time else 128 + signum
-    leave(reporter.end(replace(outcome, exit_code=exit_code)))
+def end(run: Run) -> int:
+    """Write the result record of a run: its last look's if that failed, else the last one's that
+    scaled, else the last one's. Returns the exit code."""
+    assert run.last is not None, "a run has a look"
+    with run.reporting:
+        told = run.last if run.last.exit_code else run.last_scale or run.last
+        write_record(run, told)
+        run.exit_code = run.last.exit_code
+    return run.exit_code
 
 
-def broken_off(progress: Progress, reason: Reason, why: str, exit_code: int) -> Outcome:
-    """The outcome of a run that ends without a decision, or before it was carried out."""
-    replicas = progress.replicas
-    if progress.in_doubt:
-        why += "; whether the patch arrived is not known, the next run will see"
-        return Outcome(reason, why, exit_code, current=replicas)
-    if replicas is not None:
-        why += f"; {scaled(replicas, replicas)}"
-    return Outcome(reason, why, exit_code, current=replicas, replicas=replicas)
+# -------------------------------------------------------------------------------------- main
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], datetime]) -> int:
-    """One run. Returns the exit code."""
-    # A run is over before a garbage collection could free anything worth its time.
+    """One run as a process of its own: a signal, or the end of its time, ends it in order.
+    Returns the exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # A run of one look is over before a garbage collection could free anything worth its time.
     gc.disable()
-    if "--help" in argv or "-h" in argv:
-        print(USAGE.format(settings=settings_table()))
-        return 0
-    if "--version" in argv:
-        print(f"queue-scaler {__version__}")
+    return execute(argv, environ, clock, start_watchdog)
+
+
+def execute(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    clock: Callable[[], datetime],
+    supervise: Callable[[Run, Settings], None] | None = None,
+) -> int:
+    """One run, without signals, timers or an exit of its own. Returns the exit code.
+
+    `supervise` is called once the settings are read, before anything is waited for.
+    """
+    if "--help" in argv or "-h" in argv or "--version" in argv:
+        told = f"queue-scaler {__version__}" if "--version" in argv else usage()
+        with suppress(OSError):
+            print(told, flush=True)
         return 0
     environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
     set_up_logging(environ)
-    dry_run = environ.get("DRY_RUN", "").strip().lower() == "true"
-    progress, begun = Progress(time.monotonic()), clock()
+    run = Run(environ, clock, environ.get("DRY_RUN", "").strip().lower() == "true")
 
-    def now() -> datetime:
-        """The beginning of the run plus whole seconds since: most runs have one time only, and
-        do not miss the end of a cooldown by how long an import takes."""
-        return begun + timedelta(seconds=max(0, int((clock() - begun).total_seconds())))
-
-    reporter = Reporter(environ, now, progress, dry_run)
-    unknown = [argument for argument in argv if argument != "--dry-run"]
-    try:
+    def start() -> Decision | None:
+        unknown = [quoted(argument) for argument in argv if argument != "--dry-run"]
         if unknown:
-            problem = (
-                f"unknown argument {quoted(unknown[0])}: expected --dry-run, --help, --version"
-            )
+            problem = f"unknown argument {unknown[0]}: expected --dry-run, --help, --version"
             raise Failure("InvalidSettings", problem, exit_code=2)
-        outcome = supervised(read_settings(environ), environ, reporter)
+        settings = read_settings(environ)
+        if supervise:
+            supervise(run, settings)
+        run.polls = settings.polling_interval_seconds is not None
+        poll(settings, run, open_cluster(settings, run), JobQueue(settings, run))
+        return None
+
+    for name, ours in misspelled(environ):
+        LOG.warning("%s is not a variable of the scaler; is %s meant?", name, ours)
+    decision = guarded(run, start)
+    if decision:
+        with run.reporting:
+            tell(run, decision)
+    return end(run)
+
+
+def guarded(run: Run, action: Callable[[], T]) -> T | Decision:
+    """What an action returns or, where it fails, the decision to leave the replicas alone."""
+    try:
+        return action()
     except Failure as failure:
-        outcome = broken_off(progress, failure.reason, str(failure), failure.exit_code)
+        return run.break_off(str(failure), failure.reason, failure.exit_code)
     except Exception as error:
+        # A bug of ours, or a case that a library's pages do not name: it must not cost the line
+        # and the record, nor the looks that follow.
         LOG.error("%s", traceback.format_exc())
-        why = f"internal error while {progress.stage}: {type(error).__name__}: {brief(error)}"
-        outcome = progress.outcome or broken_off(progress, progress.stage_reason, why, 1)
-        outcome = replace(outcome, exit_code=1)
-    return reporter.end(outcome)
+        why = f"internal error while {run.stage}: {type(error).__name__}: {one_line(error)}"
+        return replace(run.done or run.break_off(why), exit_code=1)
 
 
-def supervised(settings: Settings, environ: Mapping[str, str], reporter: Reporter) -> Outcome:
-    """A run under the eyes of the watchdog, which has the signals to itself."""
-    progress = reporter.progress
-    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-    signal.setitimer(signal.ITIMER_REAL, settings.timeout_seconds)
-    threading.Thread(target=watch, args=(reporter, settings), daemon=True).start()
-    # The clients give up a little before the watchdog would, as they can say more.
-    total = settings.timeout_seconds
-    budget = Budget(progress.started + total - min(1.0, total / 10), min(10.0, total / 3))
-    # The waiting jobs are counted while the Kubernetes client loads, which takes as long; imports
-    # would let another thread have its turn only every 5 ms. What fails here fails again, and is
-    # reported, if the queue is asked for.
-    sys.setswitchinterval(0.0005)
-    queue = cache(lambda: open_queue(settings, budget, progress))
-    with suppress(QueueFailure):
-        queue().begin()
-    cluster = open_cluster(settings, environ, budget, progress)
-    return run(World(settings, cluster, queue, reporter.now, progress))
+def poll(settings: Settings, run: Run, cluster: Cluster, queue: JobQueue) -> None:
+    """One look or, with POLLING_INTERVAL_SECONDS, one after another, each due at a fixed time from
+    the start. One that is late is left out."""
+    interval = settings.polling_interval_seconds
+    longest = 0.0
+    while True:
+        began = time.monotonic()
+        run.begin_look(settings)
+        decision = guarded(run, lambda: look(settings, cluster, queue))
+        with run.reporting:
+            tell(run, decision)
+            run.resting = True
+        if interval is None:
+            return
+        now = time.monotonic()
+        longest = max(longest, now - began)
+        due = run.started + interval * math.ceil((now - run.started) / interval)
+        if due + longest > run.time_up(settings):
+            return
+        gc.enable()
+        threading.Event().wait(due - now)
+        with run.reporting:
+            run.resting = False
+
+
+def start_watchdog(run: Run, settings: Settings) -> None:
+    threading.Thread(target=watch, args=(run, settings), daemon=True).start()
+
+
+def watch(run: Run, settings: Settings) -> None:
+    """End the run on SIGTERM, on SIGINT, and when its time is up, whatever the main thread is
+    waiting for: no timeout of a client covers an answer that drips in, or a name server."""
+    left = run.started + settings.timeout_seconds - time.monotonic()
+    received = signal.sigtimedwait(SIGNALS, max(0.0, left))
+    why = f"out of time (TIMEOUT_SECONDS={settings.timeout_seconds})"
+    exit_code = 1
+    if received:
+        why = f"ended by {signal.Signals(received.si_signo).name}"
+        exit_code = 128 + received.si_signo
+    # Not given back: the main thread has nothing more to say. It may hang in its own line.
+    if not run.reporting.acquire(timeout=1):
+        leave(exit_code)
+    if run.exit_code is not None:
+        leave(run.exit_code)
+    if run.resting and run.last:
+        told = run.last if run.last.exit_code else run.last_scale or run.last
+        write_record(run, replace(told, message=f"{told.message}; {why}"))
+        leave(exit_code)
+    decision = run.done or run.break_off(f"{why} while {run.stage}")
+    if not received:
+        exit_code = decision.exit_code
+    decision = replace(decision, exit_code=exit_code)
+    tell(run, decision)
+    write_record(run, decision)
+    leave(exit_code)
 
 
 def leave(exit_code: int) -> NoReturn:
     """Exit without tearing down the interpreter and gRPC, which is a fifth of a run's CPU; all
-    that has to be written has been."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    that has to be written has been, or cannot be."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            if stream:
+                stream.flush()
     os._exit(exit_code)
 
 
@@ -1877,13 +2217,14 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-USAGE = """\
+def usage() -> str:
+    return f"""\
 usage: scaler.py [--dry-run] [--help] [--version]
 
-Sets the replicas of one Kubernetes Deployment by the length of a Firestore job queue, once.
+Sets the replicas of one Kubernetes Deployment by the length of a Firestore job queue.
 
 Environment variables, with their defaults:
-{settings}
+{settings_table()}
 
 FIRESTORE_EMULATOR_HOST and GOOGLE_APPLICATION_CREDENTIALS work as in every Google client. Inside a
 cluster the service account is used, outside one KUBECONFIG or ~/.kube/config.
@@ -1893,10 +2234,11 @@ Annotations on the Deployment that a person sets:
   queue-scaler/paused-replicas=N        hold exactly N pods
   queue-scaler/paused-scale-in=true     never scale down
   queue-scaler/paused-scale-out=true    never scale up
+  queue-scaler/paused-until=TIME        when these four end by themselves
 
 Exit codes: 0, the run did its work; 1, the queue or the cluster did not answer, nothing was shrunk
-and the next run tries again; 2, a person has to change something first.
-"""
+and the next run tries again; 2, a person has to change something first."""
+
 
 if __name__ == "__main__":
     leave(main(sys.argv[1:], os.environ, utc_now))
