@@ -10,9 +10,8 @@ runs left in the Deployment's annotations, decides, sets `spec.replicas`, says w
     clock ────────▶ now ────────────────────┘    (pure)
 
 This is one look. With POLLING_INTERVAL_SECONDS a run looks again and again until its time is up.
-Every setting is an environment variable; `scaler.py --help` lists them. Exit codes: 0, the run did
-its work; 1, the queue or the cluster did not answer and nothing was shrunk; 2, a person has to
-change something first.
+`scaler.py --help` lists the settings. Exit codes: 0, the run did its work; 1, the queue or the
+cluster did not answer and nothing was shrunk; 2, a person has to change something first.
 """
 
 # ruff: noqa: E402 - the signals come before all other imports
@@ -36,6 +35,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -60,7 +60,6 @@ Reason = Literal[
     "QueueUnavailable", "ClusterUnavailable", "InvalidSettings", "DeploymentNotFound", "Forbidden",
 ]
 # fmt: on
-Direction = Literal["up", "down"]
 T = TypeVar("T")
 
 FIELD_MANAGER = "queue-scaler"
@@ -74,7 +73,9 @@ PAUSED_REPLICAS = ANNOTATION + "paused-replicas"
 PAUSED_SCALE_IN = ANNOTATION + "paused-scale-in"
 PAUSED_SCALE_OUT = ANNOTATION + "paused-scale-out"
 PAUSED_UNTIL = ANNOTATION + "paused-until"
+PAUSES = frozenset((PAUSED, PAUSED_REPLICAS, PAUSED_SCALE_IN, PAUSED_SCALE_OUT))
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+INT32_MAX = 2**31 - 1  # the most that Kubernetes takes for replicas, and Firestore for a limit
 
 LOG = logging.getLogger("queue-scaler")
 
@@ -87,18 +88,13 @@ class Failure(Exception):
     """
 
     def __init__(
-        self,
-        reason: Reason,
-        message: str,
-        exit_code: int = 1,
-        transient: bool = False,
-        retry_after: float = 0.0,
+        self, reason: Reason, message: str, exit_code: int = 1, transient: bool = False
     ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
         self.exit_code = exit_code
         self.transient = transient
-        self.retry_after = retry_after
+        self.retry_after = 0.0
 
 
 class QueueFailure(Failure):
@@ -108,8 +104,7 @@ class QueueFailure(Failure):
 class ClusterFailure(Failure):
     """The API server did not do what was asked; `status` is its HTTP status, 0 for none.
 
-    `read_again` is true where the Deployment has to be read again before anything else is done:
-    it changed since it was read (409), or it is not known whether our patch changed it.
+    `read_again`: the Deployment changed since it was read (409), or may have been changed by us.
     """
 
     status = 0
@@ -135,28 +130,45 @@ def quoted(value: object) -> str:
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
-def non_empty(raw: str) -> str:
-    if not raw.strip():
-        raise ValueError("expected a name, not an empty one")
-    return raw.strip()
+def matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """A parser of text that has to match a pattern as a whole."""
 
+    def parse(raw: str) -> str:
+        if not re.fullmatch(pattern, raw):
+            raise ValueError(f"expected {expected}")
+        return raw
 
-def object_name(raw: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", raw):
-        raise ValueError("expected a Kubernetes name: lower-case letters, digits, '-' and '.'")
-    return raw
+    return parse
 
 
 def bounded_integer(least: int, most: int, unit: str) -> Callable[[str], int]:
     def parse(raw: str) -> int:
-        if not re.fullmatch(r"\s*[0-9]{1,10}\s*", raw) or not least <= int(raw) <= most:
+        if not re.fullmatch(r"[0-9]{1,10}", raw) or not least <= int(raw) <= most:
             raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
         return int(raw)
 
     return parse
 
 
-INT32_MAX = 2**31 - 1  # what Kubernetes takes for replicas, and Firestore for a limit
+SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
+NAME = r"[^\s.`](?:[^.`]*[^\s.`])?"  # of a field; a space around it would match nothing, for ever
+QUOTED_NAME = r"(?:[A-Za-z_][A-Za-z_0-9]*|`(?:[^`\\]|\\.)+`)"  # as the API takes it
+
+non_empty = matching(r"(?s).+", "a name, not an empty one")
+object_name = matching(
+    r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
+    "a Kubernetes name: lower-case letters, digits, '-' and '.'",
+)
+collection = matching(
+    rf"{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*",
+    "a collection path such as jobs or tenants/acme/jobs: an odd number of segments, none of them "
+    "empty, no space around one",
+)
+field_path = matching(
+    rf"{NAME}(?:\.{NAME})*|{QUOTED_NAME}(?:\.{QUOTED_NAME})*",
+    "the name of a field, such as status or worker.pod, with no empty part and no space around one",
+)
+step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
 replica_count = bounded_integer(0, INT32_MAX, "pods")
 positive = bounded_integer(1, INT32_MAX, "pods or jobs")
 seconds = bounded_integer(0, 31_536_000, "seconds")
@@ -164,55 +176,7 @@ window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no l
 
 
 def boolean(raw: str) -> bool:
-    if raw.strip().lower() not in ("true", "false"):
-        raise ValueError("expected true or false")
-    return raw.strip().lower() == "true"
-
-
-def step(raw: str) -> str:
-    if not re.fullmatch(r"[0-9]{1,9}%?", raw.strip()):
-        raise ValueError("expected a number of pods such as 2, or a percentage such as 50%")
-    return raw.strip()
-
-
-def collection(raw: str) -> str:
-    segments = raw.strip().strip("/").split("/")
-    if not all(segment and segment == segment.strip() for segment in segments):
-        raise ValueError(
-            "expected a collection path such as jobs, with no empty segment and no space around one"
-        )
-    if len(segments) % 2 == 0:
-        raise ValueError(
-            f"expected a collection path such as jobs or tenants/acme/jobs (an odd number of "
-            f"segments); {len(segments)} segments name a document"
-        )
-    return "/".join(segments)
-
-
-def field_path(raw: str) -> str:
-    """A field's name, or a path of names with dots between; `raw` comes with backquotes as the
-    API takes them, or without any. A space around a name would match nothing, for ever."""
-    name = r"(?:[A-Za-z_][A-Za-z_0-9]*|`(?:[^`\\]|\\.)+`)"
-    if "`" in raw:
-        right = bool(re.fullmatch(rf"{name}(?:\.{name})*", raw))
-    else:
-        right = all(part and part == part.strip() for part in raw.split("."))
-    if not right:
-        raise ValueError(
-            "expected the name of a field, such as status or worker.pod, with no empty part and "
-            "no space around one"
-        )
-    return raw
-
-
-def choice(*accepted: str) -> Callable[[str], str]:
-    def parse(raw: str) -> str:
-        for word in accepted:
-            if raw.strip().lower() == word.lower():
-                return word
-        raise ValueError(f"expected one of {', '.join(accepted)}")
-
-    return parse
+    return matching(r"(?i)true|false", "true or false")(raw).lower() == "true"
 
 
 def filters(raw: str) -> tuple[Filter, ...]:
@@ -223,32 +187,32 @@ def filters(raw: str) -> tuple[Filter, ...]:
         raise ValueError(f"{form}; this is not JSON") from None
     if not isinstance(triples, list):
         raise ValueError(form)
-    return tuple(parse_filter(triple, form) for triple in triples)
+    try:
+        return tuple(parse_filter(triple) for triple in triples)
+    except ValueError as error:
+        raise ValueError(f"{form}; {error}") from None
 
 
-def parse_filter(triple: object, form: str) -> Filter:
+def parse_filter(triple: object) -> Filter:
     if not (isinstance(triple, list) and len(triple) == 3):
-        raise ValueError(f"{form}; {quoted(triple)} is not such a triple")
+        raise ValueError(f"{quoted(triple)} is not such a triple")
     name, op, value = triple
     try:
         field_path(name if isinstance(name, str) else "")
     except ValueError as error:
-        raise ValueError(f"{form}; {quoted(name)} is not a field path: {error}") from None
+        raise ValueError(f"{quoted(name)} is not a field path: {error}") from None
     if not (isinstance(op, str) and op in OPERATORS):
-        raise ValueError(
-            f"{form}; {quoted(op)} is not one of the operators ==, !=, <, <=, >, >=, in, not-in, "
-            "array-contains, array-contains-any"
-        )
+        raise ValueError(f"{quoted(op)} is not one of the operators {', '.join(OPERATORS)}")
     op = OPERATORS[op]
     most = LIST_OPERATORS.get(op)
     if most and not (isinstance(value, list) and 1 <= len(value) <= most):
-        raise ValueError(f"{form}; {op} takes a list of 1 to {most} values, not {quoted(value)}")
+        raise ValueError(f"{op} takes a list of 1 to {most} values, not {quoted(value)}")
     if op not in ("==", "!=") and (value is None or value != value):
-        raise ValueError(f"{form}; null goes with == and != only, not with {op}")
+        raise ValueError(f"null goes with == and != only, not with {op}")
     if not encodable(value):
         raise ValueError(
-            f"{form}; {quoted(value)} cannot be sent: whole numbers have at most 64 bits, text is "
-            f"Unicode, and values are nested at most {MAP_DEPTH} deep"
+            f"{quoted(value)} cannot be sent: whole numbers have at most 64 bits, text is Unicode, "
+            f"and values are nested at most {MAP_DEPTH} deep"
         )
     return name, op, value
 
@@ -277,58 +241,30 @@ class ScheduledMinimum:
 
     def in_force(self, now: datetime) -> bool:
         local = now.astimezone(self.timezone)
-        minute, day = local.hour * 60 + local.minute, local.weekday()
+        minute, today = local.hour * 60 + local.minute, local.weekday()
         if self.begin < self.end:
-            return day in self.days and self.begin <= minute < self.end
-        yesterday = (day - 1) % 7
-        return (day in self.days and minute >= self.begin) or (
-            yesterday in self.days and minute < self.end
-        )
+            return today in self.days and self.begin <= minute < self.end
+        day = today if minute >= self.begin else (today - 1) % 7
+        return day in self.days and not self.end <= minute < self.begin
 
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
-def scheduled_minimums(raw: str) -> tuple[ScheduledMinimum, ...]:
-    """Hours in the syntax of kube-downscaler, each with its number of pods in front."""
-    return tuple(scheduled_minimum(part) for part in raw.split(";"))
-
-
-def scheduled_minimum(part: str) -> ScheduledMinimum:
-    words = part.split()
-    if len(words) != 4:
-        raise ValueError(
-            f"{quoted(part.strip())} is not PODS DAYS HOURS TIMEZONE, "
-            "such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
-        )
-    try:
-        begin, end = day_minutes(words[2])
-        days, timezone = weekdays(words[1]), time_zone(words[3])
-        return ScheduledMinimum(
-            " ".join(words), replica_count(words[0]), days, begin, end, timezone
-        )
-    except ValueError as error:
-        raise ValueError(f"{quoted(part.strip())}: {error}") from None
-
-
 def weekdays(word: str) -> frozenset[int]:
-    first, dash, last = word.lower().partition("-")
-    if first not in WEEKDAYS or (dash and last not in WEEKDAYS):
-        raise ValueError(f"{quoted(word)}: expected a day or a range of days, as Sat or Mon-Fri")
-    begin = WEEKDAYS.index(first)
-    length = (WEEKDAYS.index(last) - begin) % 7 if dash else 0
-    return frozenset((begin + number) % 7 for number in range(length + 1))
+    day = f"({'|'.join(WEEKDAYS)})"
+    matching(f"{day}(-{day})?", "a day or a range of days, as Sat or Mon-Fri")(word.lower())
+    first, _, last = word.lower().partition("-")
+    begin, end = WEEKDAYS.index(first), WEEKDAYS.index(last or first)
+    return frozenset((begin + number) % 7 for number in range((end - begin) % 7 + 1))
 
 
 def day_minutes(word: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{2}):([0-5][0-9])-([0-9]{2}):([0-5][0-9])", word)
-    begin, end = (
-        (int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4]))
-        if (match)
-        else (0, 0)
-    )
-    if not match or begin >= 24 * 60 or end > 24 * 60 or begin == end:
-        raise ValueError(f"{quoted(word)}: expected hours from 00:00 to 24:00, as 07:30-20:00")
+    match = re.fullmatch(r"(\d\d):([0-5]\d)-(\d\d):([0-5]\d)", word)
+    hours = [int(number) for number in match.groups()] if match else [24, 0, 24, 0]
+    begin, end = hours[0] * 60 + hours[1], hours[2] * 60 + hours[3]
+    if begin >= 24 * 60 or end > 24 * 60 or begin == end:
+        raise ValueError("expected hours from 00:00 to 24:00, as 07:30-20:00")
     return begin, end
 
 
@@ -339,7 +275,31 @@ def time_zone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
-        raise ValueError(f"{quoted(name)}: expected a time zone, as Asia/Seoul or UTC") from None
+        raise ValueError("expected a time zone, as Asia/Seoul or UTC") from None
+
+
+def scheduled_minimums(raw: str) -> tuple[ScheduledMinimum, ...]:
+    """Hours in the syntax of kube-downscaler, each with its number of pods in front."""
+    return tuple(scheduled_minimum(part.strip()) for part in raw.split(";"))
+
+
+def scheduled_minimum(part: str) -> ScheduledMinimum:
+    words = part.split()
+    parsers: list[Callable[[str], Any]] = [replica_count, weekdays, day_minutes, time_zone]
+    if len(words) != len(parsers):
+        form = "expected PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
+        raise ValueError(f"{quoted(part)}: {form}")
+    values: list[Any] = []
+    for word, parse in zip(words, parsers, strict=True):
+        try:
+            values.append(parse(word))
+        except ValueError as error:
+            raise ValueError(f"{quoted(part)}: {quoted(word)}: {error}") from None
+    replicas, days, (begin, end), timezone = values
+    return ScheduledMinimum(" ".join(words), replicas, days, begin, end, timezone)
+
+
+REQUIRED = "required"
 
 
 def setting(parse: Callable[[str], Any], default: str | None, meaning: str, shown: str = "") -> Any:
@@ -348,17 +308,8 @@ def setting(parse: Callable[[str], Any], default: str | None, meaning: str, show
     `default` is written as the variable would be, None where there is none; `shown` says for
     people what holds then.
     """
-    return field(
-        metadata={
-            "default": default,
-            "parse": parse,
-            "meaning": meaning,
-            "shown": default if default is not None else shown,
-        }
-    )
-
-
-REQUIRED = "required"
+    shown = default if default is not None else shown
+    return field(metadata={"parse": parse, "default": default, "meaning": meaning, "shown": shown})
 
 
 @dataclass(frozen=True)
@@ -374,7 +325,7 @@ class Settings:
         non_empty, None, "Google Cloud project", "from the credentials")
     firestore_database: str = setting(non_empty, "(default)", "database id")
     queue_collection: str = setting(
-        collection, None,
+        lambda raw: collection(raw.strip("/")), None,
         "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
     queue_collection_group: bool = setting(
         boolean, "false", "true: count every collection of that id, wherever it lies")
@@ -421,9 +372,10 @@ class Settings:
     dry_run: bool = setting(
         boolean, "false", "decide and report, change nothing (--dry-run does the same)")
     log_level: str = setting(
-        choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR")
+        matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR"), "INFO",
+        "DEBUG, INFO, WARNING or ERROR")
     log_format: str = setting(
-        choice("text", "json"), "text",
+        matching("(?i)text|json", "text or json"), "text",
         "json: one JSON object a line, with severity and message as Cloud Logging reads them")
     termination_log: str = setting(
         non_empty, "/dev/termination-log",
@@ -432,13 +384,9 @@ class Settings:
     # fmt: on
 
     @property
-    def longest_cooldown_seconds(self) -> int:
-        return max(self.scale_up_cooldown_seconds, self.scale_down_cooldown_seconds)
-
-    @property
     def count_limit(self) -> int:
         """The most jobs worth counting: a billed read covers 1,000 index entries, and more than
-        fill the range change nothing. Firestore takes a limit as an int32."""
+        fill the range change nothing."""
         return min(max(1000, self.max_replicas * self.jobs_per_pod), INT32_MAX)
 
     def minimum(self, now: datetime) -> tuple[int, str]:
@@ -461,17 +409,17 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         variable, default = item.name.upper(), item.metadata["default"]
         required = item.metadata["shown"] == REQUIRED
         raw = environ.get(variable, default)
-        if raw is None and required:
-            problems.append(f"{variable} is not set: expected the {item.metadata['meaning']}")
-        elif raw is None or (raw == "" and default is None and not required):
-            values[item.name] = None
-        elif not encodable(raw):
-            problems.append(f"{variable}={quoted(raw)}: expected text in UTF-8")
-        else:
-            try:
-                values[item.name] = item.metadata["parse"](raw)
-            except ValueError as error:
-                problems.append(f"{variable}={quoted(raw)}: {error}")
+        try:
+            if raw is None and required:
+                problems.append(f"{variable} is not set: expected the {item.metadata['meaning']}")
+            elif raw is None or (raw == "" and default is None and not required):
+                values[item.name] = None
+            elif not encodable(raw):
+                raise ValueError("expected text in UTF-8")
+            else:
+                values[item.name] = item.metadata["parse"](raw.strip())
+        except ValueError as error:
+            problems.append(f"{variable}={quoted(raw)}: {error}")
     problems += contradictions(values)
     if problems:
         raise Failure("InvalidSettings", "; ".join(problems), exit_code=2)
@@ -479,28 +427,26 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
-    """The mistakes that show only when settings are held against each other.
-
-    `values` lacks those that could not be parsed.
-    """
-    highest = values.get("max_replicas")
+    """The mistakes that show only when settings are held against each other. `values` lacks those
+    that could not be parsed."""
+    highest, timeout = values.get("max_replicas"), values.get("timeout_seconds")
     counts = [(name, values.get(name.lower())) for name in ("MIN_REPLICAS", "FALLBACK_REPLICAS")]
-    hours = values.get("scheduled_min_replicas") or ()
-    counts += [(f"SCHEDULED_MIN_REPLICAS: {one.text!r}: PODS", one.replicas) for one in hours]
+    for hours in values.get("scheduled_min_replicas") or ():
+        counts.append((f"SCHEDULED_MIN_REPLICAS: {hours.text!r}: PODS", hours.replicas))
     for name, count in counts:
         if count is not None and highest is not None and count > highest:
             yield f"{name}='{count}': expected no more than MAX_REPLICAS, which is '{highest}'"
-    interval, timeout = values.get("polling_interval_seconds"), values.get("timeout_seconds")
+    interval = values.get("polling_interval_seconds")
     if interval is not None and timeout is not None and not 1 <= interval < timeout:
         yield (
             f"POLLING_INTERVAL_SECONDS='{interval}': expected 1 or more, and less than "
             f"TIMEOUT_SECONDS, which is '{timeout}'"
         )
-    path = values.get("queue_collection")
-    if values.get("queue_collection_group") and path and "/" in path:
+    path = values.get("queue_collection") or ""
+    if values.get("queue_collection_group") and "/" in path:
         yield (
             f"QUEUE_COLLECTION={quoted(path)}: expected the bare id of the collections, such as "
-            f"{path.rsplit('/', 1)[1]}, where QUEUE_COLLECTION_GROUP is true"
+            f"{path.rsplit('/', 1)[-1]}, where QUEUE_COLLECTION_GROUP is true"
         )
     if any(op == "not-in" for _, op, _ in values.get("busy_filter") or ()):
         yield (
@@ -509,24 +455,15 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def misspelled(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Variables that differ from one of ours by a letter or two, each with the one that it is
-    near to. Such a one would be ignored without a word."""
+def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each variable that is one of ours but for a letter or two: it would be ignored
+    without a word."""
     ours = {item.name.upper() for item in fields(Settings)}
     for name in sorted(environ.keys() - ours):
         for known in sorted(ours - environ.keys()):
-            if abs(len(name) - len(known)) <= 2 and distance(name.upper(), known) <= 2:
-                yield name, known
-
-
-def distance(one: str, other: str) -> int:
-    """Letters to add, to leave out or to change to get from one word to the other (Levenshtein)."""
-    row = list(range(len(other) + 1))
-    for i, left in enumerate(one, 1):
-        previous, row = row, [i]
-        for j, right in enumerate(other, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (left != right)))
-    return row[-1]
+            letters, wanted = Counter(name.upper()), Counter(known)
+            if ((letters - wanted) + (wanted - letters)).total() <= 2:
+                yield f"{name} is not a variable of the scaler: is {known} meant?"
 
 
 def settings_table() -> str:
@@ -559,11 +496,12 @@ class QueueLength:
 class State:
     """What the Deployment's annotations say. `warnings` names each value that does not count.
 
-    `paused_until` is None where no pause is in force, or one without an end.
+    `last_direction` is "up", "down" or unknown; `paused_until` is None where no pause is in force,
+    or one without an end.
     """
 
     last_scale_time: datetime | None = None
-    last_direction: Direction | None = None
+    last_direction: str | None = None
     history: tuple[Recommendation, ...] = ()
     failing_since: datetime | None = None
     paused: bool = False
@@ -598,8 +536,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Decision:
-    """How many replicas the Deployment gets and why; with the names and the times added, the
-    result record.
+    """How many replicas the Deployment gets and why; with names and times, the result record.
 
     `replicas` is None where nobody knows what the Deployment has now, `desired` (the
     recommendation within the range) and `queue` where the queue was not read. `annotations` are
@@ -622,10 +559,6 @@ class Decision:
         if self.replicas is None or self.current is None:
             return 0
         return self.replicas - self.current
-
-    @property
-    def action(self) -> str:
-        return "scale-up" if self.change > 0 else "scale-down" if self.change < 0 else "none"
 
 
 def pods(number: int) -> str:
@@ -652,15 +585,21 @@ def write_time(when: datetime) -> str:
 
 def read_history(value: str) -> tuple[Recommendation, ...]:
     """The inverse of `write_history`. Raises ValueError."""
-    pairs = [re.fullmatch(r"(\d{1,12}):(\d{1,10})", word) for word in value.split()]
-    entries = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
-    if len(entries) < len(pairs):
+    if not re.fullmatch(r"\s*(\d{1,12}:\d{1,10}\s+)*\d{1,12}:\d{1,10}\s*", value):
         raise ValueError("not a history such as '1767225600:3 1767225660:1', so it starts afresh")
-    return tuple(entries)
+    pairs = (word.split(":") for word in value.split())
+    return tuple((int(at), int(replicas)) for at, replicas in pairs)
 
 
 def write_history(entries: Iterable[Recommendation]) -> str | None:
     return " ".join(f"{at}:{replicas}" for at, replicas in sorted(entries)) or None
+
+
+def read_pause(value: str) -> bool:
+    word = value.strip().lower()
+    if word not in ("true", "t", "1", "false", "f", "0"):
+        raise ValueError("not true or false: it holds")
+    return word in ("true", "t", "1")
 
 
 def parse_state(
@@ -676,60 +615,49 @@ def parse_state(
     pause among them holds, with the number of pods that is there.
     """
     warnings: list[str] = []
+    ahead = max(settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds)
 
     def read(name: str, parse: Callable[[str], T]) -> T | None:
         if name not in annotations:
             return None
-        if name in rolled_back:
-            warnings.append(
-                f"{name}={quoted(annotations[name])} came back with a kubectl rollout undo, and "
-                "is not carried out; delete it, and set it again if it is meant"
-            )
-            return None
+        shown = f"{name}={quoted(annotations[name])}"
         try:
-            return parse(annotations[name])
+            if name not in rolled_back:
+                return parse(annotations[name])
+            warnings.append(
+                f"{shown} came back with a kubectl rollout undo, and is not carried out"
+                + ("; delete it, and set it again if it is meant" if name in PAUSES else "")
+            )
         except ValueError as error:
-            warnings.append(f"{name}={quoted(annotations[name])} is {error}")
-            return None
+            warnings.append(f"{shown} is {error}")
+        return None
 
     def past(value: str) -> datetime:
-        when = read_time(value)
-        if (when - now).total_seconds() > settings.longest_cooldown_seconds:
+        if read_time(value) > now + timedelta(seconds=ahead):
             raise ValueError("further ahead than the longest cooldown, so it counts as absent")
-        return when
-
-    def pause(value: str) -> bool:
-        word = value.strip().lower()
-        if word not in ("true", "t", "1", "false", "f", "0"):
-            raise ValueError("not true or false: it holds")
-        return word in ("true", "t", "1")
+        return read_time(value)
 
     def holds(name: str) -> bool:
         """Whether a pause is in force: also one that cannot be read, or that came back."""
-        return name in annotations and read(name, pause) is not False
+        return name in annotations and read(name, read_pause) is not False
 
     until = read(PAUSED_UNTIL, read_time)
-    pauses = {PAUSED, PAUSED_REPLICAS, PAUSED_SCALE_IN, PAUSED_SCALE_OUT} & annotations.keys()
     if until is not None and now >= until:
-        annotations = {name: annotations[name] for name in annotations.keys() - pauses}
+        annotations = {name: annotations[name] for name in annotations.keys() - PAUSES}
     paused, number = holds(PAUSED), read(PAUSED_REPLICAS, replica_count)
+    direction = annotations.get(LAST_SCALE, "").strip().partition(" ")[0]
     return State(
         last_scale_time=read(LAST_SCALE_TIME, past),
-        last_direction=read_direction(annotations.get(LAST_SCALE, "")),
+        last_direction=direction if direction in ("up", "down") else None,
         history=read(RECOMMENDATIONS, read_history) or (),
         failing_since=read(FAILING_SINCE, past),
         paused=paused or (PAUSED_REPLICAS in annotations and number is None),
         paused_replicas=number,
         paused_scale_in=holds(PAUSED_SCALE_IN),
         paused_scale_out=holds(PAUSED_SCALE_OUT),
-        paused_until=until if pauses & annotations.keys() else None,
+        paused_until=until if PAUSES & annotations.keys() else None,
         warnings=tuple(warnings),
     )
-
-
-def read_direction(last_scale: str) -> Direction | None:
-    directions: dict[str, Direction] = {"up": "up", "down": "down"}
-    return directions.get(last_scale.strip().partition(" ")[0])
 
 
 def decide(settings: Settings, inputs: Inputs) -> Decision:
@@ -761,30 +689,24 @@ def override(settings: Settings, inputs: Inputs) -> Decision | None:
 
 def conclude(inputs: Inputs, ruling: int | Hold, reason: Reason, why: str) -> Decision:
     """The decision for a number of pods with its reason, or for a hold with the hold's own."""
+    number, current, because = ruling, inputs.current, ""
+    if not isinstance(number, int):
+        (reason, because), number = number, current
+    done = f"stays at {pods(current)}{because}"
+    if number != current:
+        done = f"scaled {'up' if number > current else 'down'} from {current} to {pods(number)}"
     # Failures of the queue count in a row: a look that does without it breaks the row.
     annotations = {FAILING_SINCE: None}
-    if isinstance(ruling, int):
-        message = f"{why}; {describe_scale(inputs.current, ruling)}"
-    else:
-        reason, because = ruling
-        ruling, message = inputs.current, f"{why}; stays at {pods(inputs.current)}{because}"
     return Decision(
-        ruling, reason, message, inputs.current, queue=inputs.queue, annotations=annotations
+        number, reason, f"{why}; {done}", current, queue=inputs.queue, annotations=annotations
     )
-
-
-def describe_scale(current: int, target: int) -> str:
-    if target == current:
-        return f"stays at {pods(current)}"
-    return f"scaled {'up' if target > current else 'down'} from {current} to {pods(target)}"
 
 
 def paused(settings: Settings, inputs: Inputs) -> Decision | None:
     """Rule 1, the forms that hold a number."""
     state = inputs.state
     if state.paused:
-        why = f"paused by annotation{state.until}"
-        return conclude(inputs, inputs.current, "Paused", why)
+        return conclude(inputs, inputs.current, "Paused", f"paused by annotation{state.until}")
     if state.paused_replicas is not None:
         why = f"{PAUSED_REPLICAS} orders {pods(state.paused_replicas)}{state.until}"
         return conclude(inputs, state.paused_replicas, "Paused", why)
@@ -792,7 +714,7 @@ def paused(settings: Settings, inputs: Inputs) -> Decision | None:
 
 
 def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
-    """Rule 2. Where the minimum is 0 all year, a 0 is a number like any other."""
+    """Rule 2. Where MIN_REPLICAS is 0, a 0 is a number like any other, in scheduled hours, too."""
     if inputs.current > 0 or settings.min_replicas == 0 or inputs.own_zero:
         return None
     why = f"somebody set 0 replicas although MIN_REPLICAS={settings.min_replicas}"
@@ -802,13 +724,13 @@ def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
 
 def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
     """Rule 3: back into the range at once, as the HPA does it; busy pods stay protected."""
-    least, least_setting = settings.minimum(inputs.now)
-    if least <= inputs.current <= settings.max_replicas:
+    bound, limit = settings.minimum(inputs.now)
+    reason: Reason = "TooFewReplicas"
+    if inputs.current > settings.max_replicas:
+        bound, limit = settings.max_replicas, f"MAX_REPLICAS={settings.max_replicas}"
+        reason = "TooManyReplicas"
+    elif inputs.current >= bound:
         return None
-    bound, limit = settings.max_replicas, f"MAX_REPLICAS={settings.max_replicas}"
-    reason: Reason = "TooManyReplicas"
-    if inputs.current < least:
-        bound, limit, reason = least, least_setting, "TooFewReplicas"
     ruling = apply_rules((paused_direction, leave_busy_pods), settings, inputs, bound)
     return conclude(inputs, ruling, reason, f"{pods(inputs.current)} where {limit}")
 
@@ -830,17 +752,16 @@ def apply_rules(
 
 def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
     """Rules 4 to 8, and what the stabilization windows have to remember of them."""
-    assert inputs.queue is not None, "rules 4 to 8 need the queue"
-    desired, asked = recommend(settings, inputs)
+    desired, why = recommend(settings, inputs)
     ruling: int | Hold = ("AtTarget", "")
     if desired != inputs.current:
         rules = (paused_direction, stabilize, limit_step, leave_busy_pods, cool_down)
         ruling = apply_rules(rules, settings, inputs, desired)
     reason: Reason = "ScaledUp" if desired > inputs.current else "ScaledDown"
-    decision = conclude(inputs, ruling, reason, asked)
+    decision = conclude(inputs, ruling, reason, why)
     history = None
     if isinstance(paused_direction(settings, inputs, desired), int):
-        history = write_history(new_history(settings, inputs, desired, decision))
+        history = write_history(new_history(settings, inputs, desired, decision.change))
     annotations = {**decision.annotations, RECOMMENDATIONS: history}
     return replace(decision, desired=desired, annotations=annotations)
 
@@ -848,26 +769,22 @@ def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
 def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     """Rule 4: enough pods for the jobs waiting and busy, within the range; and what the queue
     asks for, as the beginning of a sentence."""
-    queue = inputs.queue or QueueLength(0)
-    least, least_setting = settings.minimum(inputs.now)
+    queue = inputs.queue
+    assert queue is not None, "rules 4 to 8 need the queue"
+    least, limit = settings.minimum(inputs.now)
     wanted = math.ceil((queue.waiting + (queue.busy or 0)) / settings.jobs_per_pod)
     desired = min(max(wanted, least), settings.max_replicas)
-    bound = ""
+    bound = ", the maximum" if desired == settings.max_replicas else ""
     if desired == least:
-        bound = ", the minimum"
-        if least > settings.min_replicas:
-            bound += f" ({least_setting})"
-    elif desired == settings.max_replicas:
-        bound = ", the maximum"
+        bound = ", the minimum" + (f" ({limit})" if least > settings.min_replicas else "")
     return desired, f"{queue}: {pods(desired)} wanted{bound}"
 
 
 def paused_direction(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     """Rule 1, the forms that switch a direction off."""
-    up = target > inputs.current
-    if inputs.state.paused_scale_out if up else inputs.state.paused_scale_in:
-        return disabled(up, inputs.state.until)
-    return target
+    up, state = target > inputs.current, inputs.state
+    off = state.paused_scale_out if up else state.paused_scale_in
+    return disabled(up, state.until) if off else target
 
 
 def disabled(up: bool, until: str = "") -> Hold:
@@ -879,26 +796,22 @@ def disabled(up: bool, until: str = "") -> Hold:
 def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     """Rule 5: the lowest recommendation of the scale-up window, the highest of the scale-down
     window, as the HPA controller's `stabilizeRecommendationWithBehaviors` has it."""
-    now, current, up = int(inputs.now.timestamp()), inputs.current, target > inputs.current
-    direction = "UP" if up else "DOWN"
-    window = stabilization_seconds(settings, up)
+    current, up = inputs.current, target > inputs.current
+    window = settings.scale_up_stabilization_seconds
+    if not up:
+        window = settings.scale_down_stabilization_seconds
     entries = recommendations(inputs, window)
     numbers = [target, *(replicas for _, replicas in entries)]
     stable = max(current, min(numbers)) if up else min(current, max(numbers))
     if stable != current:
         return stable
-    holding = [at for at, n in entries if (n <= current if up else n >= current)]
-    because = (
-        f" for {max(holding) + window - now} s more "
-        f"(SCALE_{direction}_STABILIZATION_SECONDS={window})"
-    )
-    return "ScaleUpStabilized" if up else "ScaleDownStabilized", because
-
-
-def stabilization_seconds(settings: Settings, up: bool) -> int:
+    newest = max(at for at, n in entries if (n <= current if up else n >= current))
+    left = newest + window - int(inputs.now.timestamp())
     if up:
-        return settings.scale_up_stabilization_seconds
-    return settings.scale_down_stabilization_seconds
+        because = f" for {left} s more (SCALE_UP_STABILIZATION_SECONDS={window})"
+        return "ScaleUpStabilized", because
+    because = f" for {left} s more (SCALE_DOWN_STABILIZATION_SECONDS={window})"
+    return "ScaleDownStabilized", because
 
 
 # Looks at most this far apart, in seconds, are in a row: one run a minute, and one that is missed.
@@ -917,31 +830,26 @@ def recommendations(inputs: Inputs, window: int) -> set[Recommendation]:
     now = int(inputs.now.timestamp())
     entries = {(min(at, now), replicas) for at, replicas in inputs.state.history}
     inside = {(at, replicas) for at, replicas in entries if at > now - window}
-    if inside or window == 0:
-        return inside
     times = sorted({at for at, _ in entries})
     usual_gap = times[-1] - times[-2] if len(times) > 1 else 0
-    if times and now - times[-1] <= max(IN_A_ROW_SECONDS, 2 * usual_gap):
-        return inside
-    return {(now, inputs.current)}
+    in_a_row = times and now - times[-1] <= max(IN_A_ROW_SECONDS, 2 * usual_gap)
+    return inside if inside or in_a_row or window == 0 else {(now, inputs.current)}
 
 
 def new_history(
-    settings: Settings, inputs: Inputs, desired: int, decision: Decision
+    settings: Settings, inputs: Inputs, desired: int, change: int
 ) -> set[Recommendation]:
     """What the windows have to remember, with this look's recommendation: nothing at rest, as
     starting afresh could only make them hold from one look later."""
-    up_window, down_window = (
-        stabilization_seconds(settings, True),
-        stabilization_seconds(settings, False),
-    )
-    replicas = inputs.current + decision.change
-    if (desired >= replicas or not down_window) and (desired <= replicas or not up_window):
+    up = settings.scale_up_stabilization_seconds
+    down = settings.scale_down_stabilization_seconds
+    replicas = inputs.current + change
+    if (desired >= replicas or not down) and (desired <= replicas or not up):
         return set()
     now = int(inputs.now.timestamp())
     newest = max((at for at, _ in inputs.state.history), default=now)
     last_look = {entry for entry in inputs.state.history if entry[0] == newest <= now}
-    windows = recommendations(inputs, up_window) | recommendations(inputs, down_window)
+    windows = recommendations(inputs, up) | recommendations(inputs, down)
     return {*last_look, *windows, (now, desired)}
 
 
@@ -987,7 +895,7 @@ BUSY_COST = INT32_MAX
 
 def busy_floor(live: Sequence[Pod], busy: set[str]) -> tuple[int, str]:
     """The least number of replicas at which the controllers remove idle pods only, once each busy
-    pod has the highest deletion cost; and why it is what it is.
+    pod has the highest deletion cost; and why nothing can go where that is all of them.
 
     The ReplicaSet controller takes pods that are unassigned, pending or not ready before it
     compares deletion costs, so an idle pod is a safe victim only if it comes before the first
@@ -995,14 +903,13 @@ def busy_floor(live: Sequence[Pod], busy: set[str]) -> tuple[int, str]:
     between the ReplicaSets in proportion to their sizes, and no mark can steer it: nothing is
     removed then.
     """
-    number = sum(pod.name in busy for pod in live)
-    if not number:
+    ranks = [(pod.deletion_rank, BUSY_COST) for pod in live if pod.name in busy]
+    if not ranks:
         return 0, ""
     if len({pod.owner for pod in live}) > 1:
-        return INT32_MAX, f", as a rollout is going on and {pods(number)} of it may be busy"
-    first_busy = min((pod.deletion_rank, BUSY_COST) for pod in live if pod.name in busy)
-    idle = [pod for pod in live if pod.name not in busy]
-    safe = sum((pod.deletion_rank, pod.deletion_cost) < first_busy for pod in idle)
+        return INT32_MAX, f", as a rollout is going on and {pods(len(ranks))} of it busy"
+    idle = [(pod.deletion_rank, pod.deletion_cost) for pod in live if pod.name not in busy]
+    safe = sum(rank < min(ranks) for rank in idle)
     return len(live) - safe, ", as removing one would cost a busy one"
 
 
@@ -1016,44 +923,43 @@ def cool_down(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     left = math.ceil(cooldown - (inputs.now - last).total_seconds())
     if left <= 0:
         return target
-    because = (
-        f" for {left} s more (SCALE_{'UP' if up else 'DOWN'}_COOLDOWN_SECONDS={cooldown} "
-        f"since {write_time(last)})"
-    )
-    return "ScaleUpCooldown" if up else "ScaleDownCooldown", because
+    since = f"_COOLDOWN_SECONDS={cooldown} since {write_time(last)}"
+    if up:
+        return "ScaleUpCooldown", f" for {left} s more (SCALE_UP{since})"
+    return "ScaleDownCooldown", f" for {left} s more (SCALE_DOWN{since})"
 
 
 def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> Decision:
     """What an unreadable queue leads to: the replicas stay, or after a while go up to the
     fallback. They never go down, and the fallback does not act against a person's number."""
-    current, fallback, state = inputs.current, settings.fallback_replicas, inputs.state
-    held = Decision(
-        current, problem.reason, f"{problem}; stays at {pods(current)}", current,
-        exit_code=problem.exit_code,
-    )  # fmt: skip
+    current, fallback, since = (
+        inputs.current,
+        settings.fallback_replicas,
+        inputs.state.failing_since,
+    )
+    stays = f"{problem}; stays at {pods(current)}"
+    held = Decision(current, problem.reason, stays, current, exit_code=problem.exit_code)
+    ordered = inputs.state.paused_replicas
     if override(settings, inputs):
-        waits = f"{held.message}, as busy pods cannot be told from idle ones"
-        if state.paused_replicas is not None:
-            waits += f"; {PAUSED_REPLICAS}={state.paused_replicas} waits"
-        return replace(held, message=waits)
+        waits = "" if ordered is None else f"; {PAUSED_REPLICAS}={ordered} waits"
+        because = ", as busy pods cannot be told from idle ones"
+        return replace(held, message=f"{stays}{because}{waits}")
     if fallback is None:
         return held
-    since = state.failing_since or inputs.now
-    if state.failing_since is None:
+    if since is None:
+        since = inputs.now
         held = replace(held, annotations={FAILING_SINCE: write_time(since)})
     left = math.ceil(settings.fallback_after_seconds - (inputs.now - since).total_seconds())
     if left > 0:
-        return replace(held, message=f"{held.message}, and falls back to {fallback} in {left} s")
-    target = max(current, fallback)
-    for rule in (paused_direction, limit_step) if target > current else ():
-        ruling = rule(settings, inputs, target)
-        if not isinstance(ruling, int):
-            reason, because = ruling
-            return replace(held, reason=reason, message=held.message + because)
-    done = (
-        f"{problem}; falls back to FALLBACK_REPLICAS={fallback}: {describe_scale(current, target)}"
-    )
-    return replace(held, replicas=target, reason="Fallback", message=done)
+        return replace(held, message=f"{stays}, and falls back to {fallback} in {left} s")
+    ruling: int | Hold = current
+    if fallback > current:
+        ruling = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
+    if not isinstance(ruling, int):
+        return replace(held, reason=ruling[0], message=stays + ruling[1])
+    why = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}"
+    found = conclude(inputs, max(current, fallback), "Fallback", why)
+    return replace(held, replicas=found.replicas, reason="Fallback", message=found.message)
 
 
 # ------------------------------------------------------------------------- one run, its time
@@ -1082,22 +988,21 @@ class Deadline:
 
 @dataclass
 class Run:
-    """One run: where it comes from, how far it has come, and what is told of it if it has to end
-    in the middle.
+    """One run: where it comes from, how far it has come, and what has been told of it.
 
     `started` is on the monotonic clock. Of the present look, `current` is the number of pods that
     it has read; `in_doubt` is true while a patch may or may not have reached the Deployment;
-    `done` is what it has done already, whatever fails after that. Of the run, `told` is what the
-    last line said, `resting` is true between two looks. Whoever reports holds `reporting`.
+    `done` is what it has done already, whatever fails after that. `told` is what the last line
+    said, `resting` is true between two looks. Whoever reports holds `reporting`.
     """
 
     environ: Mapping[str, str]
     clock: Callable[[], datetime]
     dry_run: bool = False
-    polls: bool = False
-    namespace: str | None = None
     started: float = field(default_factory=time.monotonic)
     begun: datetime = field(init=False)
+    interval: int | None = None
+    namespace: str | None = None
     deadline: Deadline = Deadline(0, 0)
     stage: str = "reading the settings"
     stage_reason: Reason = "ClusterUnavailable"
@@ -1121,17 +1026,12 @@ class Run:
         passed = int((self.clock() - self.begun).total_seconds())
         return self.begun + timedelta(seconds=max(0, passed))
 
-    def time_up(self, settings: Settings) -> float:
-        """When the clients give up: a little before the watchdog, as they can say more."""
-        total = settings.timeout_seconds
-        return self.started + total - min(1.0, total / 10)
-
-    def begin_look(self, settings: Settings) -> None:
-        """A look ends with the run or, if others follow, after an interval; but one has 5 s."""
-        now, at = time.monotonic(), self.time_up(settings)
-        if settings.polling_interval_seconds is not None:
-            at = min(at, now + max(5, settings.polling_interval_seconds))
-        self.deadline = Deadline(at, call_seconds=min(10.0, (at - now) / 3))
+    def begin_look(self, end: float) -> None:
+        """A look ends with the run or, where others follow, after an interval; but one has 5 s."""
+        now = time.monotonic()
+        if self.interval is not None:
+            end = min(end, now + max(5, self.interval))
+        self.deadline = Deadline(end, call_seconds=min(10.0, (end - now) / 3))
         self.current, self.in_doubt, self.done = None, False, None
 
     def enter(self, stage: str, reason: Reason) -> None:
@@ -1140,18 +1040,18 @@ class Run:
 
     def break_off(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
         """The decision of a look that ends without one, or before it was carried out."""
-        reason = reason or self.stage_reason
+        replicas = None if self.in_doubt else self.current
         if self.in_doubt:
             why += "; whether the patch arrived is not known, the next look will see"
-            return Decision(None, reason, why, self.current, exit_code=exit_code)
-        if self.current is not None:
-            why += f"; stays at {pods(self.current)}"
-        return Decision(self.current, reason, why, self.current, exit_code=exit_code)
+        elif replicas is not None:
+            why += f"; stays at {pods(replicas)}"
+        reason = reason or self.stage_reason
+        return Decision(replicas, reason, why, self.current, exit_code=exit_code)
 
 
-def retrying(deadline: Deadline, again: Callable[[BaseException], bool]) -> Retrying:
-    """Tries again with growing, jittered pauses, or the server's Retry-After where that is
-    longer, as long as the next try still begins before the deadline."""
+def retrying(deadline: Deadline, flag: Literal["transient", "read_again"]) -> Retrying:
+    """Tries again after failures with that flag, with growing, jittered pauses, or the server's
+    Retry-After where that is longer, as long as the next try still begins before the deadline."""
     from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
     backoff = wait_random_exponential(multiplier=0.2, max=5)
@@ -1161,19 +1061,11 @@ def retrying(deadline: Deadline, again: Callable[[BaseException], bool]) -> Retr
         return max(backoff(state), error.retry_after if isinstance(error, Failure) else 0.0)
 
     return Retrying(
-        retry=retry_if_exception(again),
+        retry=retry_if_exception(lambda error: bool(getattr(error, flag, False))),
         wait=pause,
         stop=stop_before_delay(max(0.0, deadline.left())),
         reraise=True,
     )
-
-
-def is_transient(error: BaseException) -> bool:
-    return isinstance(error, Failure) and error.transient
-
-
-def has_to_read_again(error: BaseException) -> bool:
-    return isinstance(error, ClusterFailure) and error.read_again
 
 
 def one_line(error: object) -> str:
@@ -1219,10 +1111,7 @@ class JobQueue:
 
     def count(self, pod_names: Sequence[str] | None) -> QueueLength:
         """Count the waiting jobs and, given the live pods' names, right after it their busy jobs:
-        a job claimed between the two counts twice, which costs no pod.
-
-        Raises QueueFailure.
-        """
+        a job claimed between the two counts twice, which costs no pod. Raises QueueFailure."""
         waiting = self._ask("counting waiting jobs", self._count, self._settings.waiting_filter)
         capped = waiting >= self._settings.count_limit
         if pod_names is None:
@@ -1253,9 +1142,8 @@ class JobQueue:
         from concurrent.futures import ThreadPoolExecutor
 
         if self._opening is None:
-            self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
-        if not self._opening.done():
             self._run.enter("looking for Google credentials", "QueueUnavailable")
+            self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
         try:
             return self._opening.result(max(0.05, self._run.deadline.one_call_earlier().left()))
         except TimeoutError:
@@ -1281,7 +1169,8 @@ class JobQueue:
         # The client gives a count of zero as 0.0.
         counts = [int(row.value) for row in results if row.value >= 0]
         if len(counts) != 1:
-            raise QueueFailure("QueueUnavailable", "Firestore gave no usable count")
+            problem = f"Firestore gave no usable count while {self._run.stage}"
+            raise QueueFailure("QueueUnavailable", problem)
         return counts[0]
 
     def _pods_of(self, conditions: Sequence[Filter], timeout: float) -> set[str]:
@@ -1305,16 +1194,14 @@ class JobQueue:
 
         def once() -> T:
             self._run.enter(doing, "QueueUnavailable")
-            started = time.monotonic()
             try:
                 answer = question(conditions, deadline.for_call())
             except (GoogleAPIError, GoogleAuthError) as error:
-                LOG.debug("%s failed after %.3f s", doing, time.monotonic() - started)
                 raise queue_failure(doing, error) from error
-            LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
+            LOG.debug("%s: %s", doing, answer)
             return answer
 
-        return retrying(deadline, is_transient)(once)
+        return retrying(deadline, "transient")(once)
 
 
 def api_field_path(name: str) -> str:
@@ -1363,14 +1250,15 @@ PAGE = 500
 # do. A status that is not here counts as 400 or, from 500 on, as 500.
 REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
     400: ("ClusterUnavailable", 2, ""),
-    401: ("Forbidden", 2, "the credentials of the scaler are missing or expired"),
+    401: ("Forbidden", 2, "; the credentials of the scaler are missing or expired"),
     403: (
         "Forbidden",
         2,
-        "{hint}the Role in namespace {namespace} has to allow {verb} on {resource} (rbac.yaml), "
-        "if no admission policy refused it (guardrails.yaml)",
+        "; check DEPLOYMENT={name} for a mistake in writing, then that the Role in namespace "
+        "{namespace} allows {verb} on this {resource} (rbac.yaml), if no admission policy refused "
+        "it (guardrails.yaml)",
     ),
-    404: ("DeploymentNotFound", 2, "check DEPLOYMENT and NAMESPACE"),
+    404: ("DeploymentNotFound", 2, "; check DEPLOYMENT and NAMESPACE"),
     408: ("ClusterUnavailable", 1, ""),
     409: ("ClusterUnavailable", 1, ""),
     410: ("ClusterUnavailable", 1, ""),  # a page of a list that is too old to go on with
@@ -1396,26 +1284,15 @@ class Deployment:
     rolled_back: frozenset[str]
     replicas_owners: Sequence[Mapping[str, Any]]
 
-    @property
-    def own_zero(self) -> bool:
-        """Whether it was this scaler that set the present number."""
-        return {entry.get("manager") for entry in self.replicas_owners} == {FIELD_MANAGER}
-
-
-def nonsense(what: str, found: object) -> ClusterFailure:
-    """An answer that is not what was asked for, such as a proxy's page; another try may help."""
-    problem = f"the API server's answer makes no sense: {what} is {quoted(found)}"
-    return ClusterFailure("ClusterUnavailable", problem, transient=True)
-
 
 def member(parent: Any, key: str, kind: type[T], default: T | None = None) -> T:
-    """A member of an object in an answer. Raises ClusterFailure where it is of another kind than
-    the API has it, or absent without a default."""
+    """A member of an object in an answer. Raises ValueError where it is of another kind than the
+    API has it, or absent without a default."""
     found = parent.get(key) if isinstance(parent, dict) else None
     if found is None and default is not None:
         return default
     if not isinstance(found, kind):
-        raise nonsense(key, found)
+        raise ValueError(f"{key} is {quoted(found)}")
     return found
 
 
@@ -1448,20 +1325,13 @@ def rolled_back(managed_fields: Sequence[Any]) -> frozenset[str]:
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
-    ours: set[str] = set()
-    others: set[str] = set()
+    names: dict[bool, set[str]] = {True: {LAST_SCALE_TIME, LAST_SCALE}, False: set()}
     for entry in managed_fields:
-        by_rollback = (
-            entry.get("manager") == "kubectl"
-            and entry.get("operation") == "Update"
-            and not entry.get("subresource")
-        )
-        names = {key.removeprefix("f:") for key in owned(entry, "f:metadata", "f:annotations")}
-        (ours if by_rollback else others).update(names)
-    return frozenset(
-        name for name in ours - others - {LAST_SCALE_TIME, LAST_SCALE}
-        if name.startswith(ANNOTATION)
-    )  # fmt: skip
+        whole = (entry.get("manager"), entry.get("operation"), entry.get("subresource", ""))
+        by_other = whole != ("kubectl", "Update", "")
+        names[by_other] |= owned(entry, "f:metadata", "f:annotations").keys()
+    ours = {name.removeprefix("f:") for name in names[False] - names[True]}
+    return frozenset(name for name in ours if name.startswith(ANNOTATION))
 
 
 def other_manager(
@@ -1473,19 +1343,17 @@ def other_manager(
     one through the scale subresource, is another master's.
     """
     last = max(owners, key=lambda entry: str(entry.get("time") or ""), default={})
-    names = {str(entry.get("manager")) for entry in owners}
-    manager = str(last.get("manager"))
-    if not last or FIELD_MANAGER in names or re.match(r"kubectl(-|$)", manager):
+    manager, at = str(last.get("manager")), str(last.get("time") or "")
+    ours = FIELD_MANAGER in {entry.get("manager") for entry in owners}
+    if not last or ours or re.match(r"kubectl(-|$)", manager):
         return None
-    at = f" at {last['time']}" if last.get("time") else ""
     if last.get("subresource") == "scale":
-        hpa = "an HPA, or what acts as one: " if "controller-manager" in manager else ""
-        return f"{hpa}{manager} through the scale subresource{at}"
-    try:
-        later = last_scale_time is not None and read_time(str(last.get("time"))) > last_scale_time
-    except ValueError:
+        manager += " through the scale subresource"
+        if "controller-manager" in manager:
+            manager = f"a HorizontalPodAutoscaler ({manager})"
+    elif last_scale_time is None or not at or at <= write_time(last_scale_time):
         return None
-    return f"{manager}{at}" if later else None
+    return manager + (at and f" at {at}")
 
 
 def selector_string(selector: Any) -> str:
@@ -1493,18 +1361,16 @@ def selector_string(selector: Any) -> str:
     labels = member(selector, "matchLabels", dict, {})
     words = [f"{key}={member(labels, key, str)}" for key in labels]
     for one in member(selector, "matchExpressions", list, []):
-        key, operator = member(one, "key", str), member(one, "operator", str)
-        values = ",".join(str(value) for value in member(one, "values", list, []))
-        forms = {
-            "In": f"{key} in ({values})",
-            "NotIn": f"{key} notin ({values})",
-            "Exists": key,
-            "DoesNotExist": f"!{key}",
-        }
-        if operator not in forms:
-            raise nonsense("operator", operator)
-        words.append(forms[operator])
+        key, values = member(one, "key", str), ",".join(map(str, member(one, "values", list, [])))
+        forms = {"In": f"{key} in ({values})", "NotIn": f"{key} notin ({values})"}
+        forms |= {"Exists": key, "DoesNotExist": f"!{key}"}
+        words.append(member(forms, member(one, "operator", str), str))
     return ",".join(words)
+
+
+def parse_pods(answer: Any, deployment: str) -> list[Pod]:
+    found = (parse_pod(item, deployment) for item in member(answer, "items", list, []))
+    return [pod for pod in found if pod]
 
 
 def parse_pod(item: Any, deployment: str) -> Pod | None:
@@ -1515,65 +1381,76 @@ def parse_pod(item: Any, deployment: str) -> Pod | None:
     if metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
         return None
     template_hash = member(metadata, "labels", dict, {}).get("pod-template-hash")
-    owners = member(metadata, "ownerReferences", list, [])
-    owner = next((one for one in owners if isinstance(one, dict) and one.get("controller")), {})
-    own = ("ReplicaSet", f"{deployment}-{template_hash}")
-    if (owner.get("kind"), owner.get("name")) != own:
+    own = ("ReplicaSet", f"{deployment}-{template_hash}", True)
+    owners = [
+        owner
+        for owner in member(metadata, "ownerReferences", list, [])
+        if own == tuple(member(owner, key, object, "") for key in ("kind", "name", "controller"))
+    ]
+    if not owners:
         return None
+    ready = {"type": "Ready", "status": "True"}
     conditions = member(status, "conditions", list, [])
-    ready = {"type": "Ready", "status": "True"}.items()
-    cost = member(metadata, "annotations", dict, {}).get(DELETION_COST, "0")
+    cost = str(member(metadata, "annotations", dict, {}).get(DELETION_COST, "0"))
     return Pod(
         name=member(metadata, "name", str),
-        owner=member(owner, "uid", str, ""),
+        owner=member(owners[0], "uid", str, ""),
         deletion_rank=(
             bool(member(item, "spec", dict, {}).get("nodeName")),
             {"Pending": 0, "Unknown": 1, "Running": 2}.get(phase, 0),
-            any(isinstance(one, dict) and ready <= one.items() for one in conditions),
+            any({key: member(one, key, str, "") for key in ready} == ready for one in conditions),
         ),
         # The controller takes an unreadable cost for 0; -1 has it written anew.
-        deletion_cost=int(cost) if re.fullmatch(r"-?[0-9]{1,10}", str(cost)) else -1,
+        deletion_cost=int(cost) if re.fullmatch(r"-?[0-9]{1,10}", cost) else -1,
     )
 
 
 class Cluster:
-    """The API server, as far as this scaler may see it: one Deployment, its pods, its events."""
+    """The API server, as far as this scaler may see it: one Deployment, its pods, its events.
+    Every public method raises ClusterFailure."""
 
     def __init__(self, client: ApiClient, namespace: str, name: str, run: Run) -> None:
         self.namespace, self.name, self.run = namespace, name, run
         self._client = client
 
     def read_deployment(self) -> Deployment:
-        """Raises ClusterFailure."""
-        doing = "reading the Deployment"
-        return self._retry(
-            lambda: parse_deployment(self._call(doing, "GET", "deployments", self.name))
-        )
+        def once() -> Deployment:
+            doing = "reading the Deployment"
+            return self._call(doing, parse_deployment, "GET", "deployments", self.name)
+
+        return retrying(self.run.deadline, "transient")(once)
 
     def live_pods(self, selector: str) -> list[Pod]:
-        """The pods that the Deployment's ReplicaSets count. Raises ClusterFailure."""
+        """The pods that the Deployment's ReplicaSets count."""
         if not selector:
             # It would select every pod of the namespace; the API allows no such Deployment.
             raise ClusterFailure("ClusterUnavailable", "the Deployment came without a selector")
 
+        def parse(page: Any) -> tuple[list[Pod], str]:
+            token = member(member(page, "metadata", dict, {}), "continue", str, "")
+            return parse_pods(page, self.name), token
+
         def once() -> list[Pod]:
-            found: list[Pod | None] = []
+            live: list[Pod] = []
             query = {"labelSelector": selector, "limit": str(PAGE)}
             while True:
-                page = self._call("listing the pods", "GET", "pods", query=query)
-                items = member(page, "items", list, [])
-                found += [parse_pod(item, self.name) for item in items]
-                query["continue"] = member(member(page, "metadata", dict, {}), "continue", str, "")
-                if not query["continue"]:
-                    return [pod for pod in found if pod]
+                page, token = self._call("listing the pods", parse, "GET", "pods", query=query)
+                live += page
+                if not token:
+                    return live
+                query["continue"] = token
 
-        return self._retry(once)
+        return retrying(self.run.deadline, "transient")(once)
 
     def set_deletion_cost(self, pod: Pod, cost: int) -> bool:
-        """False where the pod is gone. Raises ClusterFailure."""
+        """False where the pod is gone."""
         body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
+
+        def once() -> Any:
+            return self._call("marking pods", dict, "PATCH", "pods", pod.name, body)
+
         try:
-            self._retry(lambda: self._call("marking pods", "PATCH", "pods", pod.name, body))
+            retrying(self.run.deadline, "transient")(once)
         except ClusterFailure as failure:
             if failure.status == 404:
                 return False
@@ -1581,132 +1458,98 @@ class Cluster:
         return True
 
     def patch_deployment(self, body: Mapping[str, Any]) -> Deployment:
-        """One merge patch, and the Deployment after it. It is not repeated here.
-
-        Raises ClusterFailure, with `read_again` where only the Deployment itself can tell what
-        became of the patch.
-        """
+        """One merge patch, and the Deployment after it. It is not repeated here: where it fails
+        with `read_again`, only the Deployment itself can tell what became of it."""
         doing = "patching the Deployment"
         try:
-            return parse_deployment(self._call(doing, "PATCH", "deployments", self.name, body))
+            return self._call(doing, parse_deployment, "PATCH", "deployments", self.name, body)
         except ClusterFailure as failure:
-            failure.read_again = failure.transient or failure.status == 409
+            failure.read_again = failure.transient
             raise
 
     def post_event(self, event: Mapping[str, Any]) -> None:
-        """Raises ClusterFailure."""
-        self._call("writing the Event", "POST", "events", body=event)
-
-    def _retry(self, once: Callable[[], T]) -> T:
-        return retrying(self.run.deadline, is_transient)(once)
+        self._call("writing the Event", dict, "POST", "events", body=event)
 
     def _call(
         self,
         doing: str,
+        parse: Callable[[Any], T],
         method: str,
         resource: str,
         name: str = "",
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, str] | None = None,
-    ) -> Any:
-        """One request, and the JSON object of its answer. Raises ClusterFailure."""
+    ) -> T:
+        """One request and its answer, as plain JSON, which spares the import of the client's
+        generated models: more CPU than all the rest of a run."""
+        from kubernetes.client.exceptions import OpenApiException
+        from kubernetes.config import ConfigException
+        from urllib3.exceptions import HTTPError
+
         self.run.enter(doing, "ClusterUnavailable")
         if self.run.deadline.left() <= 0:
             raise ClusterFailure("ClusterUnavailable", f"no time was left for {doing}")
         group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
         path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
-        started = time.monotonic()
-        try:
-            status, headers, content = self._send(method, path, body, query)
-        except ClusterFailure as failure:
-            LOG.debug("%s %s failed after %.3f s", method, path, time.monotonic() - started)
-            raise ClusterFailure(
-                failure.reason, f"{failure} while {doing}", failure.exit_code, failure.transient
-            ) from failure
-        LOG.debug("%s %s: %d in %.3f s", method, path, status, time.monotonic() - started)
-        if not 200 <= status < 300:
-            said = f"the API server answered {status} while {doing}: {status_message(content)}"
-            raise self._refusal(said, method, resource, status, retry_after(headers))
-        try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError):
-            raise nonsense("the body", content[:120]) from None
-        kind = {"deployments": "Deployment", "pods": "Pod" if name else "PodList"}.get(resource)
-        if not isinstance(answer, dict) or (kind and answer.get("kind") != kind):
-            raise nonsense("the body", answer)
-        return answer
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-        query: Mapping[str, str] | None,
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """The status, headers and body of an answer. With plain JSON, which spares the import of
-        the client's generated models: more CPU than all the rest of a run."""
-        from kubernetes.client.exceptions import OpenApiException
-        from kubernetes.config import ConfigException
-        from urllib3.exceptions import HTTPError
-
-        parameters = dict(query or {}) if method == "GET" else {"fieldManager": FIELD_MANAGER}
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         try:
             request = self._client.param_serialize(
                 method,
                 path,
-                query_params=list(parameters.items()),
+                query_params=list((query or {"fieldManager": FIELD_MANAGER}).items()),
                 header_params={"Accept": "application/json", "Content-Type": kind},
                 body=body,
                 auth_settings=["BearerToken"],
             )
             timeout = self.run.deadline.for_call()
             response = self._client.call_api(*request, _request_timeout=timeout)
-            return response.status, response.headers, response.read()
+            content = response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
-            problem = f"the API server did not answer: {one_line(error)}"
+            problem = f"the API server did not answer while {doing}: {one_line(error)}"
             raise ClusterFailure("ClusterUnavailable", problem, transient=True) from error
         except ValueError:
             # From http.client; its text quotes the whole header.
             problem = "the credentials hold a character that no HTTP header can, such as a line end"
             raise ClusterFailure("Forbidden", problem, exit_code=2) from None
+        LOG.debug("%s %s: %d", method, path, response.status)
+        if not 200 <= response.status < 300:
+            raise self._refusal(doing, method, resource, response)
+        try:
+            return parse(json.loads(content))
+        except (ValueError, RecursionError, TypeError) as error:
+            problem = f"the API server's answer makes no sense while {doing}: {one_line(error)}"
+            raise ClusterFailure("ClusterUnavailable", problem, transient=True) from error
 
-    def _refusal(
-        self, said: str, method: str, resource: str, status: int, pause: float
-    ) -> ClusterFailure:
+    def _refusal(self, doing: str, method: str, resource: str, response: Any) -> ClusterFailure:
         """The failure that an HTTP status stands for, with what to do about it."""
+        status = response.status
         known = status if status in REFUSALS else 500 if status >= 500 else 400
         if known == 404 and resource != "deployments":
             known = 400
         reason, exit_code, advice = REFUSALS[known]
+        verb = {"PATCH": "patch", "POST": "create"}.get(
+            method, "list" if resource == "pods" else "get"
+        )
+        said = f"the API server answered {status} while {doing}: {status_message(response.data)}"
         if known == 404:
             said = f"there is no Deployment {self.name} in namespace {self.namespace}"
-        get = method == "GET" and resource == "deployments"
-        verb = {"PATCH": "patch", "POST": "create"}.get(method, "get" if get else "list")
-        hint = f"is DEPLOYMENT={self.name} spelled as in the Role? " if get else ""
-        advice = advice.format(hint=hint, namespace=self.namespace, verb=verb, resource=resource)
-        message = f"{said}; {advice}" if advice else said
-        transient = exit_code == 1 and status != 409
-        failure = ClusterFailure(reason, message, exit_code, transient, pause if transient else 0)
+        advice = advice.format(
+            name=self.name, namespace=self.namespace, verb=verb, resource=resource
+        )
+        failure = ClusterFailure(reason, said + advice, exit_code, transient=exit_code == 1)
         failure.status = status
+        # Seconds. A date is not read: ours and the server's clock may differ.
+        pause = response.headers.get("Retry-After") or ""
+        failure.retry_after = float(pause) if re.fullmatch(r"\d{1,6}", pause) else 0.0
         return failure
 
 
 def status_message(content: bytes) -> str:
     """The sentence of a Status object, or the beginning of whatever came instead."""
     try:
-        said = json.loads(content)
+        return one_line(member(json.loads(content), "message", str))
     except (ValueError, RecursionError):
-        said = None
-    if isinstance(said, dict) and isinstance(said.get("message"), str):
-        return one_line(said["message"])
-    return quoted(content.decode(errors="replace"))
-
-
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds; 0 where the header is absent or a date."""
-    value = headers.get("Retry-After") or ""
-    return float(value) if re.fullmatch(r"\d{1,6}", value) else 0.0
+        return quoted(content.decode(errors="replace"))
 
 
 def open_cluster(settings: Settings, run: Run) -> Cluster:
@@ -1758,45 +1601,45 @@ def look(settings: Settings, cluster: Cluster, queue: JobQueue) -> Decision:
 
     Raises ClusterFailure.
     """
+    # Decisions whose patch may or may not have reached the Deployment.
     pending: list[Decision] = []
     # An attempt that begins later would blame the queue for the time that it lacks.
-    again = retrying(cluster.run.deadline.one_call_earlier(), has_to_read_again)
+    again = retrying(cluster.run.deadline.one_call_earlier(), "read_again")
     return again(lambda: attempt(settings, cluster, queue, pending))
 
 
 def attempt(
     settings: Settings, cluster: Cluster, queue: JobQueue, pending: list[Decision]
 ) -> Decision:
-    """`pending` are the decisions whose patch may or may not have reached the Deployment."""
-    run = cluster.run
-    deployment = cluster.read_deployment()
+    run, deployment = cluster.run, cluster.read_deployment()
     run.current, run.in_doubt = deployment.replicas, False
     for decision in pending:
         if landed(decision, deployment):
             return finish(cluster, deployment, decision)
     now = run.now()
     state = parse_state(deployment.annotations, settings, now, deployment.rolled_back)
-    inputs = Inputs(now, deployment.replicas, state, own_zero=deployment.own_zero)
+    own_zero = {one.get("manager") for one in deployment.replicas_owners} == {FIELD_MANAGER}
+    inputs = Inputs(now, deployment.replicas, state, own_zero=own_zero)
     try:
-        decision = decide_by_queue(settings, cluster, queue, deployment, inputs)
+        decision = gather(settings, cluster, queue, deployment, inputs)
     except QueueFailure as problem:
         decision = without_queue(settings, inputs, problem)
     warnings = state.warnings
     if other := other_manager(deployment.replicas_owners, state.last_scale_time):
         warnings += (f"two masters: spec.replicas was last set by {other}; keep one",)
-    if run.dry_run:
-        message = f"dry run, nothing is changed: {decision.message}"
-        decision = replace(decision, message=message)
+    dry = "dry run, nothing is changed: " if run.dry_run else ""
     annotations = annotations_to_write(deployment, decision, now)
-    decision = replace(decision, annotations=annotations, warnings=warnings)
+    decision = replace(
+        decision, message=dry + decision.message, annotations=annotations, warnings=warnings
+    )
     return apply(cluster, deployment, decision, pending)
 
 
-def decide_by_queue(
+def gather(
     settings: Settings, cluster: Cluster, queue: JobQueue, deployment: Deployment, inputs: Inputs
 ) -> Decision:
-    """Read what the decision needs, and no more: the queue is not waited for where a person or the
-    range decides, and no document is read unless a scale-down is about to happen.
+    """Decide, and read what that needs, and no more: the queue is not waited for where a person or
+    the range decides, and no document is read unless a scale-down is about to happen.
 
     Raises QueueFailure, ClusterFailure.
     """
@@ -1827,8 +1670,7 @@ def protect_busy_pods(
     def read(live: Sequence[Pod]) -> tuple[set[str], Decision]:
         busy = queue.busy_pods([pod.name for pod in live])
         floor, because = busy_floor(live, busy)
-        now_known = replace(inputs, busy_floor=floor, busy_because=because)
-        return busy, decide(settings, now_known)
+        return busy, decide(settings, replace(inputs, busy_floor=floor, busy_because=because))
 
     busy, decision = read([replace(pod, deletion_cost=0) for pod in live])
     if decision.change >= 0 or cluster.run.dry_run:
@@ -1869,9 +1711,8 @@ def annotations_to_write(
         verb = "up" if decision.change > 0 else "down"
         wanted[LAST_SCALE_TIME] = write_time(now)
         wanted[LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
-    return {
-        name: value for name, value in wanted.items() if deployment.annotations.get(name) != value
-    }
+    there = deployment.annotations
+    return {name: value for name, value in wanted.items() if there.get(name) != value}
 
 
 def apply(
@@ -1891,7 +1732,7 @@ def apply(
     try:
         after = cluster.patch_deployment(body)
     except ClusterFailure as failure:
-        # An answer below 500 is the API server's own: it has refused.
+        # With a status below 500 the API server has refused it.
         run.in_doubt = failure.read_again and not 400 <= failure.status < 500
         if run.in_doubt and decision.change:
             pending.append(decision)
@@ -1901,37 +1742,29 @@ def apply(
 
 def landed(decision: Decision, deployment: Deployment) -> bool:
     """Whether the Deployment carries the patch of a decision."""
+    there = deployment.annotations
     return deployment.replicas == decision.replicas and all(
-        deployment.annotations.get(name) == value for name, value in decision.annotations.items()
+        there.get(name) == value for name, value in decision.annotations.items()
     )
 
 
 def finish(cluster: Cluster, deployment: Deployment, decision: Decision) -> Decision:
     """What remains once the patch is known to have landed: the Event, as the HPA writes one."""
-    cluster.run.in_doubt = False
-    if decision.change:
-        cluster.run.done = decision
-        try:
-            cluster.post_event(event(cluster, deployment, decision))
-        except ClusterFailure as failure:
-            LOG.warning("no Event was written: %s", failure)
-    return decision
-
-
-def event(cluster: Cluster, deployment: Deployment, decision: Decision) -> dict[str, Any]:
-    when = write_time(cluster.run.now())
-    return {
+    run = cluster.run
+    run.in_doubt = False
+    if not decision.change:
+        return decision
+    run.done = decision
+    when, namespace = write_time(run.now()), cluster.namespace
+    body = {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {
-            "name": f"{cluster.name[:200]}.{os.urandom(8).hex()}",
-            "namespace": cluster.namespace,
-        },
+        "metadata": {"name": f"{cluster.name[:200]}.{os.urandom(8).hex()}", "namespace": namespace},
         "involvedObject": {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
             "name": cluster.name,
-            "namespace": cluster.namespace,
+            "namespace": namespace,
             "uid": deployment.uid,
         },
         "type": "Normal",
@@ -1944,6 +1777,11 @@ def event(cluster: Cluster, deployment: Deployment, decision: Decision) -> dict[
         "lastTimestamp": when,
         "count": 1,
     }
+    try:
+        cluster.post_event(body)
+    except ClusterFailure as failure:
+        LOG.warning("no Event was written: %s", failure)
+    return decision
 
 
 # ------------------------------------------------------------------------------------ report
@@ -1997,15 +1835,10 @@ def tell(run: Run, decision: Decision) -> None:
     """Note how a look ended, and log its line where it has something new to say."""
     scales = decision.change != 0 and not run.dry_run
     news = replace(decision, message="", annotations={})
-    run.looks, run.last = run.looks + 1, decision
-    if scales:
-        run.last_scale = decision
-    if news != run.told or scales:
-        log_decision(run, decision)
-    run.told = news
-
-
-def log_decision(run: Run, decision: Decision) -> None:
+    run.looks, run.last, told = run.looks + 1, decision, run.told
+    run.told, run.last_scale = news, decision if scales else run.last_scale
+    if news == told and not scales:
+        return
     for warning in decision.warnings:
         LOG.warning("%s", warning)
     result = record(run, decision)
@@ -2017,9 +1850,8 @@ def log_decision(run: Run, decision: Decision) -> None:
 
 def record(run: Run, decision: Decision) -> dict[str, Any]:
     """The result record of a decision."""
-    queue = decision.queue
-    looks = {"looks": run.looks} if run.polls else {}
-    return {
+    queue, change = decision.queue, decision.change
+    result = {
         "time": write_time(run.now()),
         "namespace": run.namespace or name_in(run.environ, "NAMESPACE"),
         "deployment": name_in(run.environ, "DEPLOYMENT"),
@@ -2029,13 +1861,13 @@ def record(run: Run, decision: Decision) -> dict[str, Any]:
         "current": decision.current,
         "desired": decision.desired,
         "replicas": decision.current if run.dry_run else decision.replicas,
-        "action": decision.action,
+        "action": "scale-up" if change > 0 else "scale-down" if change < 0 else "none",
         "reason": decision.reason,
         "message": scrub(decision.message),
         "dryRun": run.dry_run,
         "durationSeconds": round(time.monotonic() - run.started, 3),
-        **looks,
     }
+    return result if run.interval is None else {**result, "looks": run.looks}
 
 
 def name_in(environ: Mapping[str, str], variable: str) -> str | None:
@@ -2046,16 +1878,20 @@ def name_in(environ: Mapping[str, str], variable: str) -> str | None:
     return scrub(" ".join(value[:253].encode(errors="replace").decode().split()))
 
 
-def write_record(run: Run, decision: Decision) -> None:
-    """Write the result record to the termination message."""
+def end(run: Run, why: str = "") -> int:
+    """Write the result record of a run: its last look's if that failed, else the last one's that
+    scaled, else the last one's. Returns the exit code."""
+    assert run.last is not None, "a run has a look"
+    told = run.last if run.last.exit_code else run.last_scale or run.last
+    result = record(run, replace(told, message=told.message + why))
     path = Path(run.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
-    if str(path) == DEFAULT_TERMINATION_LOG and not path.exists():
-        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_record(record(run, decision)))
+        if str(path) != DEFAULT_TERMINATION_LOG or path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_record(result))
     except OSError as error:
         LOG.warning("the result record was not written: %s", error)
+    return run.last.exit_code
 
 
 def encode_record(result: Mapping[str, Any]) -> bytes:
@@ -2067,17 +1903,6 @@ def encode_record(result: Mapping[str, Any]) -> bytes:
         if len(data) <= RECORD_BYTES or not message:
             return data
         message = message[: len(message) * 3 // 4]
-
-
-def end(run: Run) -> int:
-    """Write the result record of a run: its last look's if that failed, else the last one's that
-    scaled, else the last one's. Returns the exit code."""
-    assert run.last is not None, "a run has a look"
-    with run.reporting:
-        told = run.last if run.last.exit_code else run.last_scale or run.last
-        write_record(run, told)
-        run.exit_code = run.last.exit_code
-    return run.exit_code
 
 
 # -------------------------------------------------------------------------------------- main
@@ -2096,40 +1921,39 @@ def execute(
     argv: Sequence[str],
     environ: Mapping[str, str],
     clock: Callable[[], datetime],
-    supervise: Callable[[Run, Settings], None] | None = None,
+    supervise: Callable[[Run, Settings], None] = lambda run, settings: None,
 ) -> int:
     """One run, without signals, timers or an exit of its own. Returns the exit code.
 
     `supervise` is called once the settings are read, before anything is waited for.
     """
     if "--help" in argv or "-h" in argv or "--version" in argv:
-        told = f"queue-scaler {__version__}" if "--version" in argv else usage()
+        version = f"queue-scaler {__version__}"
         with suppress(OSError):
-            print(told, flush=True)
+            print(version if "--version" in argv else usage(), flush=True)
         return 0
     environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
     set_up_logging(environ)
     run = Run(environ, clock, environ.get("DRY_RUN", "").strip().lower() == "true")
 
-    def start() -> Decision | None:
+    def start() -> None:
         unknown = [quoted(argument) for argument in argv if argument != "--dry-run"]
         if unknown:
             problem = f"unknown argument {unknown[0]}: expected --dry-run, --help, --version"
             raise Failure("InvalidSettings", problem, exit_code=2)
         settings = read_settings(environ)
-        if supervise:
-            supervise(run, settings)
-        run.polls = settings.polling_interval_seconds is not None
-        poll(settings, run, open_cluster(settings, run), JobQueue(settings, run))
-        return None
+        supervise(run, settings)
+        run.interval = settings.polling_interval_seconds
+        poll(settings, open_cluster(settings, run), JobQueue(settings, run))
 
-    for name, ours in misspelled(environ):
-        LOG.warning("%s is not a variable of the scaler; is %s meant?", name, ours)
+    for warning in misspelled(environ):
+        LOG.warning("%s", warning)
     decision = guarded(run, start)
-    if decision:
-        with run.reporting:
+    with run.reporting:
+        if decision:
             tell(run, decision)
-    return end(run)
+        run.exit_code = end(run)
+    return run.exit_code
 
 
 def guarded(run: Run, action: Callable[[], T]) -> T | Decision:
@@ -2146,14 +1970,16 @@ def guarded(run: Run, action: Callable[[], T]) -> T | Decision:
         return replace(run.done or run.break_off(why), exit_code=1)
 
 
-def poll(settings: Settings, run: Run, cluster: Cluster, queue: JobQueue) -> None:
+def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
     """One look or, with POLLING_INTERVAL_SECONDS, one after another, each due at a fixed time from
     the start. One that is late is left out."""
-    interval = settings.polling_interval_seconds
+    run, interval, total = cluster.run, settings.polling_interval_seconds, settings.timeout_seconds
+    # The clients give up a little before the watchdog would, as they can say more.
+    last_moment = run.started + total - min(1.0, total / 10)
     longest = 0.0
     while True:
         began = time.monotonic()
-        run.begin_look(settings)
+        run.begin_look(last_moment)
         decision = guarded(run, lambda: look(settings, cluster, queue))
         with run.reporting:
             tell(run, decision)
@@ -2163,12 +1989,11 @@ def poll(settings: Settings, run: Run, cluster: Cluster, queue: JobQueue) -> Non
         now = time.monotonic()
         longest = max(longest, now - began)
         due = run.started + interval * math.ceil((now - run.started) / interval)
-        if due + longest > run.time_up(settings):
+        if due + longest > last_moment:
             return
         gc.enable()
-        threading.Event().wait(due - now)
-        with run.reporting:
-            run.resting = False
+        threading.Event().wait(due - now)  # time.sleep, but for a clock that a test moves
+        run.resting = False
 
 
 def start_watchdog(run: Run, settings: Settings) -> None:
@@ -2181,25 +2006,20 @@ def watch(run: Run, settings: Settings) -> None:
     left = run.started + settings.timeout_seconds - time.monotonic()
     received = signal.sigtimedwait(SIGNALS, max(0.0, left))
     why = f"out of time (TIMEOUT_SECONDS={settings.timeout_seconds})"
-    exit_code = 1
     if received:
         why = f"ended by {signal.Signals(received.si_signo).name}"
-        exit_code = 128 + received.si_signo
+    exit_code = 128 + received.si_signo if received else 1
     # Not given back: the main thread has nothing more to say. It may hang in its own line.
-    if not run.reporting.acquire(timeout=1):
-        leave(exit_code)
-    if run.exit_code is not None:
-        leave(run.exit_code)
-    if run.resting and run.last:
-        told = run.last if run.last.exit_code else run.last_scale or run.last
-        write_record(run, replace(told, message=f"{told.message}; {why}"))
-        leave(exit_code)
-    decision = run.done or run.break_off(f"{why} while {run.stage}")
-    if not received:
-        exit_code = decision.exit_code
-    decision = replace(decision, exit_code=exit_code)
-    tell(run, decision)
-    write_record(run, decision)
+    if run.reporting.acquire(timeout=1):
+        if run.exit_code is not None:
+            exit_code = run.exit_code
+        elif run.resting:
+            end(run, f"; {why}")
+        else:
+            decision = run.done or run.break_off(f"{why} while {run.stage}")
+            exit_code = exit_code if received else decision.exit_code
+            tell(run, replace(decision, exit_code=exit_code))
+            end(run)
     leave(exit_code)
 
 
