@@ -847,8 +847,8 @@ def new_history(
     if (desired >= replicas or not down) and (desired <= replicas or not up):
         return set()
     now = int(inputs.now.timestamp())
-    newest = max((at for at, _ in inputs.state.history), default=now)
-    last_look = {entry for entry in inputs.state.history if entry[0] == newest <= now}
+    before = max((at for at, _ in inputs.state.history if at < now), default=None)
+    last_look = {entry for entry in inputs.state.history if entry[0] == before}
     windows = recommendations(inputs, up) | recommendations(inputs, down)
     return {*last_look, *windows, (now, desired)}
 
@@ -1013,6 +1013,7 @@ class Run:
     last: Decision | None = None
     last_scale: Decision | None = None
     told: Decision | None = None
+    seconds: float = 0.0
     resting: bool = False
     exit_code: int | None = None
     reporting: threading.Lock = field(default_factory=threading.Lock)
@@ -1254,9 +1255,9 @@ REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
     403: (
         "Forbidden",
         2,
-        "; check DEPLOYMENT={name} for a mistake in writing, then that the Role in namespace "
-        "{namespace} allows {verb} on this {resource} (rbac.yaml), if no admission policy refused "
-        "it (guardrails.yaml)",
+        "; is DEPLOYMENT={name} written as in the Role? The Role in namespace {namespace} has to "
+        "allow {verb} on {resource} (rbac.yaml), if no admission policy refused it "
+        "(guardrails.yaml)",
     ),
     404: ("DeploymentNotFound", 2, "; check DEPLOYMENT and NAMESPACE"),
     408: ("ClusterUnavailable", 1, ""),
@@ -1297,6 +1298,7 @@ def member(parent: Any, key: str, kind: type[T], default: T | None = None) -> T:
 
 
 def parse_deployment(answer: Any) -> Deployment:
+    kind_is("Deployment", answer)
     metadata, spec = member(answer, "metadata", dict), member(answer, "spec", dict)
     annotations = member(metadata, "annotations", dict, {})
     managed = member(metadata, "managedFields", list, [])
@@ -1309,6 +1311,11 @@ def parse_deployment(answer: Any) -> Deployment:
         rolled_back=rolled_back(managed),
         replicas_owners=[one for one in managed if "f:replicas" in owned(one, "f:spec")],
     )
+
+
+def kind_is(kind: str, answer: Any) -> None:
+    if member(answer, "kind", str) != kind:
+        raise ValueError(f"kind is {quoted(answer['kind'])} instead of {kind}")
 
 
 def owned(entry: Any, *path: str) -> Mapping[str, Any]:
@@ -1325,7 +1332,7 @@ def rolled_back(managed_fields: Sequence[Any]) -> frozenset[str]:
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
-    names: dict[bool, set[str]] = {True: {LAST_SCALE_TIME, LAST_SCALE}, False: set()}
+    names: dict[bool, set[str]] = {True: {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}, False: set()}
     for entry in managed_fields:
         whole = (entry.get("manager"), entry.get("operation"), entry.get("subresource", ""))
         by_other = whole != ("kubectl", "Update", "")
@@ -1369,6 +1376,7 @@ def selector_string(selector: Any) -> str:
 
 
 def parse_pods(answer: Any, deployment: str) -> list[Pod]:
+    kind_is("PodList", answer)
     found = (parse_pod(item, deployment) for item in member(answer, "items", list, []))
     return [pod for pod in found if pod]
 
@@ -1833,6 +1841,7 @@ def set_up_logging(environ: Mapping[str, str]) -> None:
 
 def tell(run: Run, decision: Decision) -> None:
     """Note how a look ended, and log its line where it has something new to say."""
+    run.seconds = round(time.monotonic() - run.started, 3)
     scales = decision.change != 0 and not run.dry_run
     news = replace(decision, message="", annotations={})
     run.looks, run.last, told = run.looks + 1, decision, run.told
@@ -1865,7 +1874,7 @@ def record(run: Run, decision: Decision) -> dict[str, Any]:
         "reason": decision.reason,
         "message": scrub(decision.message),
         "dryRun": run.dry_run,
-        "durationSeconds": round(time.monotonic() - run.started, 3),
+        "durationSeconds": run.seconds,
     }
     return result if run.interval is None else {**result, "looks": run.looks}
 

@@ -107,7 +107,7 @@ def stage(**settings: str) -> Iterator[Stage]:
         FakeFirestore(project=PROJECT) as queue,
     ):
         cluster.add_deployment(NAME, replicas=1)
-        world = World(cluster, queue.host, NAME, START, settings, Path(directory))
+        world = World(cluster, queue.host, NAME, START, settings, Path(directory), process=True)
         yield Stage(world, queue, clock)
 
 

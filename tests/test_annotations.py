@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scaler
-from scaler import ANNOTATION, LAST_SCALE, LAST_SCALE_TIME, read_time, recall, write_time
+from scaler import ANNOTATION, LAST_SCALE, LAST_SCALE_TIME, parse_state, read_time, write_time
 from tests.fakes.firestore import FakeFirestore, Hang
 from tests.world import START, World
 
@@ -43,6 +43,7 @@ def test_a_time_is_read_as_people_type_it(typed: str) -> None:
         "yesterday",
         "5m",
         "-5",
+        "12345678",
         "2026-13-01T00:00:00Z",
         "9" * 400,
         "0001-01-01T00:00+14:00",
@@ -68,15 +69,15 @@ def test_a_written_time_is_read_back_to_the_second(when: datetime) -> None:
 
 def test_a_time_further_ahead_than_the_longest_cooldown_is_warned_about_and_ignored() -> None:
     ahead = START + timedelta(minutes=10)
-    memory = recall({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
-    assert memory.last_scale_time is None
-    assert LAST_SCALE_TIME in memory.warnings[0] and write_time(ahead) in memory.warnings[0]
+    state = parse_state({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
+    assert state.last_scale_time is None
+    assert LAST_SCALE_TIME in state.warnings[0] and write_time(ahead) in state.warnings[0]
 
 
 def test_a_time_ahead_within_the_longest_cooldown_extends_it() -> None:
     ahead = START + timedelta(seconds=300)
-    memory = recall({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
-    assert memory.last_scale_time == ahead and memory.warnings == ()
+    state = parse_state({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
+    assert state.last_scale_time == ahead and state.warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -91,20 +92,20 @@ def test_a_time_ahead_within_the_longest_cooldown_extends_it() -> None:
 )
 def test_a_pause_that_cannot_be_read_pauses(value: str, paused: bool, warned: bool) -> None:
     for name in ("paused", "paused-scale-in", "paused-scale-out"):
-        memory = recall({ANNOTATION + name: value}, SETTINGS, START)
-        assert getattr(memory, name.replace("-", "_")) is paused
-        assert bool(memory.warnings) is warned
-        assert all(ANNOTATION + name in warning for warning in memory.warnings)
+        state = parse_state({ANNOTATION + name: value}, SETTINGS, START)
+        assert getattr(state, name.replace("-", "_")) is paused
+        assert bool(state.warnings) is warned
+        assert all(ANNOTATION + name in warning for warning in state.warnings)
 
 
 def test_a_number_to_hold_that_cannot_be_read_holds_what_there_is() -> None:
-    memory = recall({scaler.PAUSED_REPLICAS: "lots"}, SETTINGS, START)
-    assert memory.paused and "'lots'" in memory.warnings[0]
+    state = parse_state({scaler.PAUSED_REPLICAS: "lots"}, SETTINGS, START)
+    assert state.paused and "'lots'" in state.warnings[0]
 
 
 def test_a_huge_value_is_cut_in_its_warning() -> None:
-    memory = recall({LAST_SCALE_TIME: "x" * 200_000}, SETTINGS, START)
-    assert len(memory.warnings[0]) < 400
+    state = parse_state({LAST_SCALE_TIME: "x" * 200_000}, SETTINGS, START)
+    assert len(state.warnings[0]) < 400
 
 
 @pytest.fixture

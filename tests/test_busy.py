@@ -8,7 +8,6 @@ with `-s` to read the figures.
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,13 +21,12 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from kubernetes.client import ApiClient, Configuration
 
 import scaler
 from tests.fakes.firestore import Call, Fail, FakeFirestore, On
 from tests.fakes.kubernetes import FakeKubernetes, Match, answer
 from tests.fakes.kubernetes_objects import DELETION_COST, Object
-from tests.world import BUSY, PROJECT, REPOSITORY, START, Run, World
+from tests.world import BUSY, REPOSITORY, START, Run, World
 
 HIGH = str(2**31 - 1)
 EAGER = {
@@ -727,32 +725,6 @@ def arrange(world: World, queue: FakeFirestore, pattern: list[State]) -> dict[st
     return states
 
 
-class Unmarked(scaler.Cluster):
-    """The cluster of a scaler that believes it marks."""
-
-    def mark(self, pod: scaler.Pod, cost: int) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class InProcess:
-    """Runs of the scaler without a process for each: the real clients over HTTP and gRPC, called
-    as `main` calls them."""
-
-    client: Client
-    kind: type[scaler.Cluster] = scaler.Cluster
-
-    def run(self, world: World) -> scaler.Outcome:
-        read = scaler.read_settings(world.environment())
-        progress = scaler.Progress(time.monotonic())
-        budget = scaler.Budget(time.monotonic() + 30, call_seconds=10)
-        bearer = {"authorization": f"Bearer {world.cluster.admin_token}"}
-        with ApiClient(Configuration(host=world.cluster.url, api_key=bearer)) as api:
-            cluster = self.kind(api, "default", world.name, budget, progress)
-            jobs = scaler.JobQueue(read, self.client, budget, progress)
-            return scaler.run(scaler.World(read, cluster, lambda: jobs, lambda: START, progress))
-
-
 @dataclass(frozen=True)
 class Case:
     """A pattern of pods and what makes a scaler remove some; `seed` settles ties."""
@@ -789,48 +761,31 @@ def try_case(
         return ""
 
 
-@pytest.fixture
-def client(queue: FakeFirestore, monkeypatch: pytest.MonkeyPatch) -> Client:
-    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", queue.host)
-    return Client(project=PROJECT)
-
-
 EVERY = hypothesis_settings(
     max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
-FEWER = hypothesis_settings(EVERY, max_examples=24)
 
 
 def test_no_busy_pod_is_killed_over_hundreds_of_patterns_and_many_are_without_the_marking(
-    queue: FakeFirestore, client: Client, tmp_path: Path
+    queue: FakeFirestore, tmp_path: Path
 ) -> None:
     """Each pattern twice: with the scaler as it is, and with one whose marks go nowhere."""
     marked, unmarked = Tally(), Tally()
 
+    def believing_it_marks(world: World) -> Run:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scaler.Cluster, "set_deletion_cost", lambda *_: True)
+            return world.run()
+
     @EVERY
     @given(CASES)
     def try_both(case: Case) -> None:
-        problem = try_case(case, queue, tmp_path, InProcess(client).run, marked)
+        problem = try_case(case, queue, tmp_path, World.run, marked)
         assert not problem, problem
-        try_case(case, queue, tmp_path, InProcess(client, Unmarked).run, unmarked)
+        try_case(case, queue, tmp_path, believing_it_marks, unmarked)
 
     try_both()
     print(f"\nwith marking     {marked}\nwithout marking  {unmarked}")
     assert marked.killed == 0
     assert marked.scaled_down > 50, "or it proves little"
     assert unmarked.killed > 0, "or it proves nothing"
-
-
-def test_no_busy_pod_is_killed_by_the_script_itself(queue: FakeFirestore, tmp_path: Path) -> None:
-    """The same with a process for each pattern, and so fewer of them."""
-    tally = Tally()
-
-    @FEWER
-    @given(CASES)
-    def try_one(case: Case) -> None:
-        problem = try_case(case, queue, tmp_path, World.run, tally)
-        assert not problem, problem
-
-    try_one()
-    print(f"\nas processes     {tally}")
-    assert tally.scaled_down > 5, "or it proves little"

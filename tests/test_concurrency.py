@@ -28,7 +28,7 @@ def cluster() -> Iterator[FakeKubernetes]:
 
 @pytest.fixture
 def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
-    return World(cluster, queue.host, now=START, directory=tmp_path)
+    return World(cluster, queue.host, now=START, directory=tmp_path, process=True)
 
 
 def run_together(world: World, **settings: str) -> list[Run]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scaler
-from scaler import INT32_MAX, Memory, Observed, Queue, Settings, Step, decide
+from scaler import INT32_MAX, Inputs, QueueLength, Settings, State, decide
 from tests.world import START
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
@@ -18,11 +18,11 @@ CALM = replace(SETTINGS, scale_down_stabilization_seconds=0)  # no windows
 FREE = replace(CALM, scale_up_cooldown_seconds=0, scale_down_cooldown_seconds=0)
 
 
-NOTHING = Memory()
+NOTHING = State()
 
 
-def ago(seconds: float, direction: scaler.Direction | None = "up") -> Memory:
-    return Memory(
+def ago(seconds: float, direction: str | None = "up") -> State:
+    return State(
         last_scale_time=START - timedelta(seconds=seconds),
         last_direction=direction,
     )
@@ -32,53 +32,53 @@ def observed(
     replicas: int,
     waiting: int = 0,
     busy: int | None = None,
-    memory: Memory = NOTHING,
-    keep: int | None = None,
-) -> Observed:
-    return Observed(START, replicas, memory, Queue(waiting, busy=busy), keep)
+    state: State = NOTHING,
+    floor: int | None = None,
+) -> Inputs:
+    return Inputs(START, replicas, state, QueueLength(waiting, busy=busy), floor)
 
 
 RULES = {
-    "paused decides nothing": (SETTINGS, observed(2, 9, memory=Memory(paused=True)), 2, "Paused"),
+    "paused decides nothing": (SETTINGS, observed(2, 9, state=State(paused=True)), 2, "Paused"),
     "paused wins over a number": (
         SETTINGS,
-        observed(2, memory=Memory(paused=True, paused_replicas=9)),
+        observed(2, state=State(paused=True, paused_replicas=9)),
         2,
         "Paused",
     ),
     "paused-replicas is obeyed at once and out of range": (
         SETTINGS,
-        observed(2, memory=replace(ago(1), paused_replicas=9)),
+        observed(2, state=replace(ago(1), paused_replicas=9)),
         9,
         "Paused",
     ),
     "paused-replicas is obeyed even below the busy pods": (
         SETTINGS,
-        observed(3, memory=Memory(paused_replicas=0), keep=3),
+        observed(3, state=State(paused_replicas=0), floor=3),
         0,
         "Paused",
     ),
     "a paused scale-in": (
         CALM,
-        observed(3, memory=Memory(paused_scale_in=True)),
+        observed(3, state=State(paused_scale_in=True)),
         3,
         "ScaleDownDisabled",
     ),
     "a paused scale-in leaves scale-out alone": (
         CALM,
-        observed(1, 2, memory=Memory(paused_scale_in=True)),
+        observed(1, 2, state=State(paused_scale_in=True)),
         2,
         "ScaledUp",
     ),
     "a paused scale-out": (
         CALM,
-        observed(1, 5, memory=Memory(paused_scale_out=True)),
+        observed(1, 5, state=State(paused_scale_out=True)),
         1,
         "ScaleUpDisabled",
     ),
     "a paused scale-out holds even below the range": (
         replace(CALM, min_replicas=2),
-        observed(1, memory=Memory(paused_scale_out=True)),
+        observed(1, state=State(paused_scale_out=True)),
         1,
         "ScaleUpDisabled",
     ),
@@ -94,17 +94,29 @@ RULES = {
         2,
         "ScaledUp",
     ),
+    "0 replicas of the scaler's own are below the range": (
+        SETTINGS,
+        replace(observed(0, 9), own_zero=True),
+        1,
+        "TooFewReplicas",
+    ),
+    "0 replicas of the scaler's own, paused again": (
+        SETTINGS,
+        replace(observed(0, state=State(paused=True)), own_zero=True),
+        0,
+        "Paused",
+    ),
     "below the range, at once": (
         replace(SETTINGS, min_replicas=2),
-        observed(1, memory=ago(1)),
+        observed(1, state=ago(1)),
         2,
         "TooFewReplicas",
     ),
-    "above the range, at once": (SETTINGS, observed(9, 9, memory=ago(1)), 3, "TooManyReplicas"),
-    "above the range, busy pods stay": (SETTINGS, observed(9, keep=5), 5, "TooManyReplicas"),
-    "above the range, all busy": (SETTINGS, observed(9, keep=9), 9, "WorkersBusy"),
+    "above the range, at once": (SETTINGS, observed(9, 9, state=ago(1)), 3, "TooManyReplicas"),
+    "above the range, busy pods stay": (SETTINGS, observed(9, floor=5), 5, "TooManyReplicas"),
+    "above the range, all busy": (SETTINGS, observed(9, floor=9), 9, "WorkersBusy"),
     "steps of 0 do not keep it out of range": (
-        replace(SETTINGS, scale_down_step=Step(0, False)),
+        replace(SETTINGS, scale_down_step="0"),
         observed(9),
         3,
         "TooManyReplicas",
@@ -122,132 +134,132 @@ RULES = {
         "ScaleUpStabilized",
     ),
     "a step up in pods": (
-        replace(CALM, scale_up_step=Step(1, False)),
+        replace(CALM, scale_up_step="1"),
         observed(1, 3),
         2,
         "ScaledUp",
     ),
     "a step up in percent is rounded up": (
-        replace(CALM, max_replicas=9, scale_up_step=Step(50, True)),
+        replace(CALM, max_replicas=9, scale_up_step="50%"),
         observed(3, 9),
         5,
         "ScaledUp",
     ),
     "a percentage of nothing can still start": (
-        replace(CALM, min_replicas=0, scale_up_step=Step(100, True)),
+        replace(CALM, min_replicas=0, scale_up_step="100%"),
         observed(0, 3),
         1,
         "ScaledUp",
     ),
     "a percentage is rounded as the HPA's floating point does it": (
-        replace(CALM, max_replicas=200, scale_up_step=Step(10, True)),
+        replace(CALM, max_replicas=200, scale_up_step="10%"),
         observed(100, 200),
         111,
         "ScaledUp",
     ),
     "a step down in pods": (
-        replace(CALM, scale_down_step=Step(1, False)),
+        replace(CALM, scale_down_step="1"),
         observed(3),
         2,
         "ScaledDown",
     ),
     "a step down in percent is rounded down": (
-        replace(CALM, max_replicas=9, scale_down_step=Step(50, True)),
+        replace(CALM, max_replicas=9, scale_down_step="50%"),
         observed(7),
         3,
         "ScaledDown",
     ),
     "the last pod can leave at 50 percent": (
-        replace(CALM, min_replicas=0, scale_down_step=Step(50, True)),
+        replace(CALM, min_replicas=0, scale_down_step="50%"),
         observed(1),
         0,
         "ScaledDown",
     ),
     "a small percentage removes one pod": (
-        replace(CALM, max_replicas=9, scale_down_step=Step(1, True)),
+        replace(CALM, max_replicas=9, scale_down_step="1%"),
         observed(9),
         8,
         "ScaledDown",
     ),
     "a step over 100 percent goes no lower than wanted": (
-        replace(CALM, scale_down_step=Step(150, True)),
+        replace(CALM, scale_down_step="150%"),
         observed(3),
         1,
         "ScaledDown",
     ),
     "a step of 0 switches scale-up off": (
-        replace(CALM, scale_up_step=Step(0, False)),
+        replace(CALM, scale_up_step="0"),
         observed(1, 3),
         1,
         "ScaleUpDisabled",
     ),
     "a step of 0% switches scale-down off": (
-        replace(CALM, scale_down_step=Step(0, True)),
+        replace(CALM, scale_down_step="0%"),
         observed(3),
         3,
         "ScaleDownDisabled",
     ),
     "windows come before steps": (
-        replace(SETTINGS, scale_down_step=Step(0, False)),
+        replace(SETTINGS, scale_down_step="0"),
         observed(3),
         3,
         "ScaleDownStabilized",
     ),
     "steps come before busy pods": (
-        replace(CALM, max_replicas=9, scale_down_step=Step(2, False)),
-        observed(9, keep=3),
+        replace(CALM, max_replicas=9, scale_down_step="2"),
+        observed(9, floor=3),
         7,
         "ScaledDown",
     ),
-    "busy pods stay": (replace(CALM, max_replicas=9), observed(9, keep=4), 4, "ScaledDown"),
-    "busy pods come before cooldowns": (CALM, observed(3, memory=ago(1), keep=3), 3, "WorkersBusy"),
+    "busy pods stay": (replace(CALM, max_replicas=9), observed(9, floor=4), 4, "ScaledDown"),
+    "busy pods come before cooldowns": (CALM, observed(3, state=ago(1), floor=3), 3, "WorkersBusy"),
     "a rollout with busy pods removes nothing": (
         CALM,
-        observed(3, keep=INT32_MAX),
+        observed(3, floor=INT32_MAX),
         3,
         "WorkersBusy",
     ),
-    "busy pods do not hinder a scale-up": (CALM, observed(2, 3, keep=2), 3, "ScaledUp"),
+    "busy pods do not hinder a scale-up": (CALM, observed(2, 3, floor=2), 3, "ScaledUp"),
     "a scale-up waits after a scale-up": (
         CALM,
-        observed(2, 3, memory=ago(119)),
+        observed(2, 3, state=ago(119)),
         2,
         "ScaleUpCooldown",
     ),
-    "and no longer than its cooldown": (CALM, observed(2, 3, memory=ago(120)), 3, "ScaledUp"),
+    "and no longer than its cooldown": (CALM, observed(2, 3, state=ago(120)), 3, "ScaledUp"),
     "a scale-up does not wait after a scale-down": (
         CALM,
-        observed(2, 3, memory=ago(1, "down")),
+        observed(2, 3, state=ago(1, "down")),
         3,
         "ScaledUp",
     ),
     "a scale-up waits after a scale of unknown direction": (
         CALM,
-        observed(2, 3, memory=ago(1, None)),
+        observed(2, 3, state=ago(1, None)),
         2,
         "ScaleUpCooldown",
     ),
     "a scale-down waits after a scale-up": (
         CALM,
-        observed(3, memory=ago(299)),
+        observed(3, state=ago(299)),
         3,
         "ScaleDownCooldown",
     ),
     "a scale-down waits after a scale-down": (
         CALM,
-        observed(3, memory=ago(299, "down")),
+        observed(3, state=ago(299, "down")),
         3,
         "ScaleDownCooldown",
     ),
     "a scale-down waits no longer than its cooldown": (
         CALM,
-        observed(3, memory=ago(300)),
+        observed(3, state=ago(300)),
         1,
         "ScaledDown",
     ),
     "a time ahead extends the cooldown": (
         CALM,
-        observed(2, 3, memory=ago(-100)),
+        observed(2, 3, state=ago(-100)),
         2,
         "ScaleUpCooldown",
     ),
@@ -255,14 +267,14 @@ RULES = {
 
 
 @pytest.mark.parametrize(("settings", "seen", "replicas", "reason"), RULES.values(), ids=RULES)
-def test_rule(settings: Settings, seen: Observed, replicas: int, reason: str) -> None:
+def test_rule(settings: Settings, seen: Inputs, replicas: int, reason: str) -> None:
     decision = decide(settings, seen)
     assert (decision.replicas, decision.reason) == (replicas, reason), decision.message
 
 
 WAITS = {
-    "ScaleUpCooldown": (CALM, observed(2, 3, memory=ago(60)), "60 s more"),
-    "ScaleDownCooldown": (CALM, observed(3, memory=ago(100)), "200 s more"),
+    "ScaleUpCooldown": (CALM, observed(2, 3, state=ago(60)), "60 s more"),
+    "ScaleDownCooldown": (CALM, observed(3, state=ago(100)), "200 s more"),
     "ScaleDownStabilized": (SETTINGS, observed(3), "300 s more"),
     "ScaleUpStabilized": (
         replace(SETTINGS, scale_up_stabilization_seconds=60),
@@ -274,12 +286,13 @@ WAITS = {
 
 @pytest.mark.parametrize(("settings", "seen", "words"), WAITS.values(), ids=WAITS)
 def test_a_wait_says_how_long_it_lasts_and_which_variable_sets_it(
-    settings: Settings, seen: Observed, words: str
+    settings: Settings, seen: Inputs, words: str
 ) -> None:
     message = decide(settings, seen).message
     assert words in message and "_SECONDS=" in message
 
 
+steps = st.builds("{}{}".format, st.integers(0, 200), st.sampled_from(["", "%"]))
 settings_drawn = st.builds(
     lambda low, extra, **more: replace(
         SETTINGS, min_replicas=low, max_replicas=low + extra, **more
@@ -291,15 +304,15 @@ settings_drawn = st.builds(
     scale_down_cooldown_seconds=st.integers(0, 400),
     scale_up_stabilization_seconds=st.integers(0, 200),
     scale_down_stabilization_seconds=st.integers(0, 400),
-    scale_up_step=st.none() | st.builds(Step, st.integers(0, 200), st.booleans()),
-    scale_down_step=st.none() | st.builds(Step, st.integers(0, 200), st.booleans()),
+    scale_up_step=st.none() | steps,
+    scale_down_step=st.none() | steps,
 )
-memories = st.builds(
-    Memory,
+states = st.builds(
+    State,
     last_scale_time=st.none() | st.integers(-100, 500).map(lambda s: START - timedelta(seconds=s)),
     last_direction=st.sampled_from(["up", "down", None]),
     history=st.lists(
-        st.builds(scaler.Entry, st.integers(-500, 0).map(lambda s: int(START.timestamp()) + s),
+        st.tuples(st.integers(-500, 0).map(lambda s: int(START.timestamp()) + s),
                   st.integers(0, 25)),
         max_size=6,
     ).map(tuple),
@@ -307,66 +320,148 @@ memories = st.builds(
     paused_scale_out=st.booleans(),
 )  # fmt: skip
 situations = st.builds(
-    Observed,
+    Inputs,
     st.just(START),
     st.integers(0, 30),
-    memories,
-    st.builds(Queue, st.integers(0, 80), st.booleans(), st.none() | st.integers(0, 20)),
+    states,
+    st.builds(QueueLength, st.integers(0, 80), st.booleans(), st.none() | st.integers(0, 20)),
     st.none() | st.integers(0, 40),
 )
 
 
+def replicas_after(settings: Settings, seen: Inputs) -> int:
+    replicas = decide(settings, seen).replicas
+    assert replicas is not None
+    return replicas
+
+
 @given(settings_drawn, situations)
 def test_a_decision_moves_towards_the_range_and_stays_in_it(
-    settings: Settings, seen: Observed
+    settings: Settings, seen: Inputs
 ) -> None:
-    replicas = decide(settings, seen).replicas
+    replicas = replicas_after(settings, seen)
     low, high = settings.min_replicas, settings.max_replicas
-    if replicas != seen.replicas:
-        kept = min(seen.keep or 0, seen.replicas)
+    if replicas != seen.current:
+        kept = min(seen.busy_floor or 0, seen.current)
         assert low <= replicas <= max(high, kept)
-    assert seen.replicas or low == 0 or replicas == 0, "switched off stays off"
+    assert seen.current or low == 0 or replicas == 0, "switched off stays off"
 
 
 @given(settings_drawn, situations)
-def test_a_scale_down_never_goes_below_the_busy_pods(settings: Settings, seen: Observed) -> None:
-    replicas = decide(settings, seen).replicas
-    assert replicas >= min(seen.keep or 0, seen.replicas)
+def test_a_scale_down_never_goes_below_the_busy_pods(settings: Settings, seen: Inputs) -> None:
+    replicas = replicas_after(settings, seen)
+    assert replicas >= min(seen.busy_floor or 0, seen.current)
 
 
 @given(settings_drawn, situations, st.integers(1, 50))
 def test_more_waiting_jobs_never_mean_fewer_pods(
-    settings: Settings, seen: Observed, more: int
+    settings: Settings, seen: Inputs, more: int
 ) -> None:
     assert seen.queue
     longer = replace(seen, queue=replace(seen.queue, waiting=seen.queue.waiting + more))
-    assert decide(settings, longer).replicas >= decide(settings, seen).replicas
+    assert replicas_after(settings, longer) >= replicas_after(settings, seen)
 
 
 @given(settings_drawn, situations)
-def test_a_second_identical_run_changes_nothing(settings: Settings, seen: Observed) -> None:
+def test_a_second_identical_run_changes_nothing(settings: Settings, seen: Inputs) -> None:
     first = decide(settings, seen)
-    history = first.annotations.get(scaler.RECOMMENDATIONS) or ""
-    memory = replace(seen.memory, history=scaler.read_history(history))
-    if first.replicas != seen.replicas:
-        direction: scaler.Direction = "up" if first.replicas > seen.replicas else "down"
-        memory = replace(memory, last_scale_time=START, last_direction=direction)
+    assert first.replicas is not None
+    history = first.annotations.get(scaler.RECOMMENDATIONS)
+    state = replace(seen.state, history=scaler.read_history(history) if history else ())
+    if first.replicas != seen.current:
+        direction = "up" if first.replicas > seen.current else "down"
+        state = replace(state, last_scale_time=START, last_direction=direction)
         if settings.scale_up_cooldown_seconds == 0 or settings.scale_down_cooldown_seconds == 0:
             return  # without a cooldown the next step may follow at once
-    second = decide(settings, replace(seen, replicas=first.replicas, memory=memory))
+    second = decide(settings, replace(seen, current=first.replicas, state=state))
     if first.reason not in ("TooFewReplicas", "TooManyReplicas"):
         assert second.replicas == first.replicas, second.message
 
 
 @given(situations, st.integers(0, 20), st.integers(0, 400))
 def test_an_unreadable_queue_never_removes_a_pod(
-    seen: Observed, fallback: int, failing_seconds: int
+    seen: Inputs, fallback: int, failing_seconds: int
 ) -> None:
     settings = replace(SETTINGS, max_replicas=20, fallback_replicas=fallback)
     since = START - timedelta(seconds=failing_seconds)
-    seen = replace(seen, memory=replace(seen.memory, failing_since=since))
+    seen = replace(seen, state=replace(seen.state, failing_since=since))
     problem = scaler.QueueFailure("QueueUnavailable", "no answer")
     decision = scaler.without_queue(settings, seen, problem)
-    assert decision.replicas >= seen.replicas
+    assert decision.replicas is not None
+    assert decision.replicas >= seen.current
     if failing_seconds < 180:
-        assert decision.replicas == seen.replicas
+        assert decision.replicas == seen.current
+
+
+NO_ANSWER = scaler.QueueFailure("QueueUnavailable", "no answer")
+FALLBACK = replace(SETTINGS, max_replicas=9, fallback_replicas=5)
+LONG_AGO = State(failing_since=START - timedelta(days=1))
+UNREADABLE = {
+    "the fallback adds pods": (FALLBACK, observed(3, state=LONG_AGO), 5, "Fallback"),
+    "a person's number is not acted against": (
+        FALLBACK,
+        observed(3, state=replace(LONG_AGO, paused_replicas=1)),
+        3,
+        "QueueUnavailable",
+    ),
+    "nor is the range, with pods to spare": (
+        replace(FALLBACK, max_replicas=5),
+        observed(7, state=LONG_AGO),
+        7,
+        "QueueUnavailable",
+    ),
+    "a step of 0 holds against the fallback": (
+        replace(FALLBACK, scale_up_step="0"),
+        observed(3, state=LONG_AGO),
+        3,
+        "ScaleUpDisabled",
+    ),
+    "another step does not limit the fallback": (
+        replace(FALLBACK, scale_up_step="1"),
+        observed(3, state=LONG_AGO),
+        5,
+        "Fallback",
+    ),
+    "a paused scale-out holds against the fallback": (
+        FALLBACK,
+        observed(3, state=replace(LONG_AGO, paused_scale_out=True)),
+        3,
+        "ScaleUpDisabled",
+    ),
+    "more pods than the fallback stay": (FALLBACK, observed(7, state=LONG_AGO), 7, "Fallback"),
+    "not before its time": (FALLBACK, observed(3), 3, "QueueUnavailable"),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen", "replicas", "reason"), UNREADABLE.values(), ids=UNREADABLE
+)
+def test_while_the_queue_cannot_be_read(
+    settings: Settings, seen: Inputs, replicas: int, reason: str
+) -> None:
+    decision = scaler.without_queue(settings, seen, NO_ANSWER)
+    assert (decision.replicas, decision.reason) == (replicas, reason), decision.message
+    assert "no answer" in decision.message
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        observed(2, state=State(paused=True)),
+        observed(2, state=State(paused_replicas=2)),
+        observed(0),
+        observed(9),
+        observed(2, 2),
+    ],
+)
+def test_a_look_without_need_of_the_queue_breaks_the_row_of_failures(seen: Inputs) -> None:
+    """One blip, a day's pause, another blip: that is no day of failures."""
+    assert decide(SETTINGS, seen).annotations[scaler.FAILING_SINCE] is None
+
+
+def test_the_first_failure_is_stamped_and_an_order_that_waits_stamps_nothing() -> None:
+    first = scaler.without_queue(FALLBACK, observed(3), NO_ANSWER)
+    assert first.annotations == {scaler.FAILING_SINCE: "2026-01-01T00:00:00Z"}
+    assert "falls back to 5 in 180 s" in first.message
+    ordered = observed(3, state=State(paused_replicas=1))
+    assert scaler.without_queue(FALLBACK, ordered, NO_ANSWER).annotations == {}

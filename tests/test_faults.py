@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ import pytest
 import yaml
 from grpc import StatusCode  # type: ignore[import-untyped]
 
+import scaler
 from tests.fakes import firestore, kubernetes
 from tests.fakes.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
 from tests.fakes.kubernetes import FakeKubernetes, Match
@@ -60,7 +60,7 @@ class Scene:
 
 
 @contextmanager
-def servers(replicas: int, wanted: int, **settings: str) -> Iterator[Scene]:
+def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Iterator[Scene]:
     with (
         tempfile.TemporaryDirectory() as directory,
         FakeKubernetes(seed=1) as cluster,
@@ -72,7 +72,14 @@ def servers(replicas: int, wanted: int, **settings: str) -> Iterator[Scene]:
         kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
         kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
         settings = {"KUBECONFIG": str(kubeconfig), **settings}
-        world = World(cluster, front.host, now=START, settings=settings, directory=Path(directory))
+        world = World(
+            cluster,
+            front.host,
+            now=START,
+            settings=settings,
+            directory=Path(directory),
+            process=process,
+        )
         scene = Scene(world, queue, api, front, replicas, wanted)
         try:
             yield scene
@@ -83,10 +90,10 @@ def servers(replicas: int, wanted: int, **settings: str) -> Iterator[Scene]:
 
 
 @contextmanager
-def scaling_down(**settings: str) -> Iterator[Scene]:
+def scaling_down(process: bool = True, **settings: str) -> Iterator[Scene]:
     """Three pods, one busy, nothing waiting: the run that makes every call there is."""
     more = {"BUSY_FILTER": BUSY, "SCALE_DOWN_STABILIZATION_SECONDS": "0", **settings}
-    with servers(3, 1, **more) as scene:
+    with servers(3, 1, process, **more) as scene:
         busy_pod = str(scene.cluster.pods("worker")[0]["metadata"]["name"])
         job = {"status": "processing", "assignedPodId": busy_pod}
         scene.queue.put(f"jobs/{'a-long-name' * 100}", job)  # an answer that can break in two
@@ -94,9 +101,9 @@ def scaling_down(**settings: str) -> Iterator[Scene]:
 
 
 @contextmanager
-def scaling_up(**settings: str) -> Iterator[Scene]:
+def scaling_up(process: bool = True, **settings: str) -> Iterator[Scene]:
     """One pod, five jobs waiting, at most three pods."""
-    with servers(1, 3, **settings) as scene:
+    with servers(1, 3, process, **settings) as scene:
         scene.queue.fill(5)
         yield scene
 
@@ -810,27 +817,18 @@ def with_login_helper(scene: Scene, *command: str) -> Path:
     return path
 
 
-CRASHING = """
-import os, sys, scaler
-
-def crash(*_, **__):
-    raise ZeroDivisionError("made by the test")
-
-setattr(scaler, sys.argv[1], crash)
-scaler.leave(scaler.main([], os.environ, scaler.utc_now))
-"""
 BEFORE_THE_PATCH = (
     "read_settings",
     "open_cluster",
     "parse_deployment",
-    "recall",
-    "overrule",
+    "parse_state",
+    "override",
     "parse_pod",
-    "open_queue",
+    "open_firestore",
     "queue_failure",
     "recommend",
-    "least_replicas",
-    "wanted_cost",
+    "busy_floor",
+    "mark_pods",
     "annotations_to_write",
     "apply",
 )
@@ -838,16 +836,20 @@ BEFORE_THE_PATCH = (
 
 def crash_in(scene: Scene, function: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run in which one function of the scaler raises what nobody expects."""
-    command = [sys.executable, "-c", CRASHING, function]
-    monkeypatch.setattr(scene.world, "command", lambda *_: command)
-    return scene.world.run()
+
+    def crash(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("made by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scaler, function, crash)
+        return scene.world.run()
 
 
 @pytest.mark.parametrize("function", BEFORE_THE_PATCH)
 def test_a_crash_before_the_patch_changes_nothing(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with scaling_down() as scene:
+    with scaling_down(process=False) as scene:
         if function == "queue_failure":
             scene.queue.fault("count", Fail(StatusCode.UNAVAILABLE))
         run = crash_in(scene, function, monkeypatch)
@@ -858,11 +860,11 @@ def test_a_crash_before_the_patch_changes_nothing(
         assert scene.cluster.scales == []
 
 
-@pytest.mark.parametrize("function", ["finish", "event"])
+@pytest.mark.parametrize("function", ["finish", "scrub"])
 def test_a_crash_after_the_patch_does_not_deny_it(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with scaling_down() as scene:
+    with scaling_down(process=False) as scene:
         run = crash_in(scene, function, monkeypatch)
         told(run)
         assert run.exit_code == 1 and "Traceback" in run.stdout, run
@@ -904,7 +906,7 @@ def test_a_termination_log_that_hangs_does_not_hold_the_run_up() -> None:
 
 
 def test_in_json_the_line_is_the_record() -> None:
-    with scaling_up(LOG_FORMAT="json", TIMEOUT_SECONDS="2") as scene:
+    with scaling_up(process=False, LOG_FORMAT="json", TIMEOUT_SECONDS="2") as scene:
         scene.cluster.fault(READ_AGAIN, kubernetes.answer(403))
         run = scene.world.run()
         line = json.loads(run.stdout.splitlines()[-1])
@@ -932,7 +934,7 @@ def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | No
 
 
 def test_without_a_fallback_an_unreadable_queue_holds_the_replicas() -> None:
-    with scaling_down() as scene:
+    with scaling_down(process=False) as scene:
         scene.queue.fault("count", UNREADABLE)
         before = scene.world.resource_version
         assert failing_minutes(scene, 5) == [(1, "QueueUnavailable", 3)] * 5
@@ -940,7 +942,7 @@ def test_without_a_fallback_an_unreadable_queue_holds_the_replicas() -> None:
 
 
 def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back() -> None:
-    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as scene:
+    with scaling_up(process=False, FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as scene:
         scene.queue.fault("count", UNREADABLE)
         assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)]
         assert scene.world.annotations == {"queue-failing-since": "2026-01-01T00:00:00Z"}
@@ -958,7 +960,7 @@ def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back()
 
 
 def test_the_record_of_a_fallback_says_what_was_done() -> None:
-    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
+    with scaling_up(process=False, FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
         scene.queue.fault("count", UNREADABLE)
         run = scene.world.run()
         record = run.record
@@ -969,7 +971,9 @@ def test_the_record_of_a_fallback_says_what_was_done() -> None:
 
 @pytest.mark.parametrize("fallback", ["0", "1", "2", "3"])
 def test_the_fallback_never_removes_a_pod(fallback: str) -> None:
-    with scaling_down(FALLBACK_REPLICAS=fallback, FALLBACK_AFTER_SECONDS="60") as scene:
+    with scaling_down(
+        process=False, FALLBACK_REPLICAS=fallback, FALLBACK_AFTER_SECONDS="60"
+    ) as scene:
         scene.queue.fault("count", UNREADABLE)
         ends = failing_minutes(scene, 3)
         assert ends == [(1, "QueueUnavailable", 3), (1, "Fallback", 3), (1, "Fallback", 3)]
@@ -978,7 +982,7 @@ def test_the_fallback_never_removes_a_pod(fallback: str) -> None:
 
 def test_a_good_reading_in_between_starts_the_time_afresh() -> None:
     more = {"FALLBACK_REPLICAS": "3", "FALLBACK_AFTER_SECONDS": "120", "SCALE_UP_STEP": "0"}
-    with scaling_up(**more) as scene:
+    with scaling_up(process=False, **more) as scene:
         for minute in range(4):
             scene.queue.fault("count", UNREADABLE)
             assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)], minute
@@ -989,7 +993,7 @@ def test_a_good_reading_in_between_starts_the_time_afresh() -> None:
 
 
 def test_what_a_person_has_to_change_falls_back_too_and_still_says_so() -> None:
-    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as scene:
+    with scaling_up(process=False, FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as scene:
         scene.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, "no"))
         assert failing_minutes(scene, 2) == [(2, "Forbidden", 1), (2, "Fallback", 2)]
 
@@ -1005,14 +1009,14 @@ def test_what_a_person_has_to_change_falls_back_too_and_still_says_so() -> None:
 def test_a_persons_pause_outweighs_the_fallback(
     annotation: str, value: str, end: tuple[int, str, int]
 ) -> None:
-    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
+    with scaling_up(process=False, FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
         scene.cluster.annotate("worker", **{f"queue-scaler/{annotation}": value})
         scene.queue.fault("count", UNREADABLE)
         assert failing_minutes(scene, 1) == [end]
 
 
 def test_a_fallback_meets_a_conflict_like_any_other_scale() -> None:
-    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
+    with scaling_up(process=False, FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
         scene.queue.fault("count", UNREADABLE)
         scene.cluster.fault(PATCH, kubernetes.answer(409), times=2)
         scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
@@ -1021,7 +1025,7 @@ def test_a_fallback_meets_a_conflict_like_any_other_scale() -> None:
 
 
 def test_a_queue_that_fails_while_pods_are_looked_at_counts_as_unreadable() -> None:
-    with scaling_down(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="60") as scene:
+    with scaling_down(process=False, FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="60") as scene:
         scene.queue.fault("query", UNREADABLE)
         assert failing_minutes(scene, 2) == [(1, "QueueUnavailable", 3), (1, "Fallback", 3)]
         assert scene.cluster.scales == []

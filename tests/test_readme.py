@@ -300,8 +300,8 @@ def test_the_translated_behaviour_block_is_accepted() -> None:
     env = yaml.safe_load("\n".join(found.lines))["env"]
     values = {entry["name"]: entry["value"] for entry in env}
     settings = scaler.read_settings({"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs", **values})
-    assert settings.scale_up_step == scaler.Step(100, percent=True)
-    assert settings.scale_down_step == scaler.Step(50, percent=True)
+    assert settings.scale_up_step == "100%"
+    assert settings.scale_down_step == "50%"
 
 
 def test_the_bound_that_the_page_names_is_the_guardrails() -> None:

@@ -27,11 +27,12 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         firestore_database="(default)",
         queue_collection="jobs",
         queue_collection_group=False,
-        waiting_filter=(scaler.Filter("status", "==", "waiting"),),
+        waiting_filter=(("status", "==", "waiting"),),
         busy_filter=None,
         busy_pod_field="assignedPodId",
         min_replicas=1,
         max_replicas=3,
+        scheduled_min_replicas=None,
         jobs_per_pod=1,
         scale_up_cooldown_seconds=120,
         scale_down_cooldown_seconds=300,
@@ -41,6 +42,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         scale_down_step=None,
         fallback_replicas=None,
         fallback_after_seconds=180,
+        polling_interval_seconds=None,
         timeout_seconds=45,
         dry_run=False,
         log_level="INFO",
@@ -56,10 +58,10 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("DEPLOYMENT", "Worker", "Kubernetes name"),
         ("DEPLOYMENT", "a/../b", "Kubernetes name"),
         ("NAMESPACE", "Prod", "Kubernetes name"),
-        ("FIRESTORE_DATABASE", " ", "name"),
-        ("QUEUE_COLLECTION", "", "no empty segment"),
-        ("QUEUE_COLLECTION", "tenants/acme", "2 segments name a document"),
-        ("QUEUE_COLLECTION", "tenants//jobs", "no empty segment"),
+        ("FIRESTORE_DATABASE", " ", "a name, not an empty one"),
+        ("QUEUE_COLLECTION", "", "none of them empty"),
+        ("QUEUE_COLLECTION", "tenants/acme", "an odd number of segments"),
+        ("QUEUE_COLLECTION", "tenants//jobs", "none of them empty"),
         ("QUEUE_COLLECTION_GROUP", "yes", "true or false"),
         ("WAITING_FILTER", "status=waiting", "this is not JSON"),
         ("WAITING_FILTER", '{"status": "waiting"}', "a JSON list"),
@@ -71,6 +73,32 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("WAITING_FILTER", '[["status", "<", null]]', "null goes with == and != only"),
         ("WAITING_FILTER", '[[1, "==", "waiting"]]', "1 is not a field path"),
         ("WAITING_FILTER", '[["a..b", "==", 1]]', "'a..b' is not a field path"),
+        ("WAITING_FILTER", '[[" status", "==", 1]]', "no space around one"),
+        ("WAITING_FILTER", '[["status ", "==", 1]]', "no space around one"),
+        ("WAITING_FILTER", '[["a. b", "==", 1]]', "no space around one"),
+        ("WAITING_FILTER", f'[["n", "==", {2**63}]]', "at most 64 bits"),
+        ("WAITING_FILTER", '[["n", "==", "\\ud800"]]', "text is Unicode"),
+        ("WAITING_FILTER", f'[["n", "==", {"[" * 21}{"]" * 21}]]', "nested at most 20 deep"),
+        ("POLLING_INTERVAL_SECONDS", "0", "less than TIMEOUT_SECONDS, which is '45'"),
+        ("POLLING_INTERVAL_SECONDS", "45", "less than TIMEOUT_SECONDS, which is '45'"),
+        ("POLLING_INTERVAL_SECONDS", "ten", "whole number of seconds"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-08:00 UTC;", "PODS DAYS HOURS TIMEZONE"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mo-Fr 07:00-08:00 UTC", "'Mo-Fr': expected a day"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-25:00 UTC", "'07:00-25:00': expected hours"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mon 24:00-24:00 UTC", "'24:00-24:00': expected hours"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:60-08:00 UTC", "'07:60-08:00': expected hours"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mon 7-8 UTC", "'7-8': expected hours"),
+        (
+            "SCHEDULED_MIN_REPLICAS",
+            "2 Mon 07:00-08:00 Asia/Soul",
+            "'Asia/Soul': expected a time zone",
+        ),
+        ("SCHEDULED_MIN_REPLICAS", "x Mon 07:00-08:00 UTC", "'x': expected a whole number of pods"),
+        (
+            "SCHEDULED_MIN_REPLICAS",
+            "4 Mon 07:00-08:00 UTC",
+            "no more than MAX_REPLICAS, which is '3'",
+        ),
         ("BUSY_FILTER", '[["status", "not-in", ["a"]]]', "no not-in"),
         ("BUSY_POD_FIELD", "", "the name of a field"),
         ("BUSY_POD_FIELD", "worker..pod", "the name of a field"),
@@ -83,8 +111,9 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("JOBS_PER_POD", "0", "from 1 to"),
         ("SCALE_UP_COOLDOWN_SECONDS", "-1", "seconds from 0 to 31536000"),
         ("SCALE_DOWN_COOLDOWN_SECONDS", "5m", "seconds from 0 to 31536000"),
-        ("SCALE_UP_STABILIZATION_SECONDS", "", "seconds from 0 to 31536000"),
-        ("SCALE_DOWN_STABILIZATION_SECONDS", "1e3", "seconds from 0 to 31536000"),
+        ("SCALE_UP_STABILIZATION_SECONDS", "", "seconds from 0 to 3600"),
+        ("SCALE_UP_STABILIZATION_SECONDS", "3601", "seconds from 0 to 3600"),
+        ("SCALE_DOWN_STABILIZATION_SECONDS", "1e3", "seconds from 0 to 3600"),
         ("SCALE_UP_STEP", "half", "a percentage such as 50%"),
         ("SCALE_DOWN_STEP", "-2", "a percentage such as 50%"),
         ("FALLBACK_REPLICAS", "many", "whole number of pods from 0"),
@@ -92,8 +121,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("FALLBACK_AFTER_SECONDS", "-5", "seconds from 0"),
         ("TIMEOUT_SECONDS", "0", "seconds from 1 to 3600"),
         ("DRY_RUN", "1", "true or false"),
-        ("LOG_LEVEL", "LOUD", "one of DEBUG, INFO, WARNING, ERROR"),
-        ("LOG_FORMAT", "xml", "one of text, json"),
+        ("LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
+        ("LOG_FORMAT", "xml", "text or json"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
@@ -102,7 +131,7 @@ def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
     message = problems(**{variable: value})
     assert message.startswith(f"{variable}=") or message.startswith(f"{variable}:")
     assert expected in message
-    assert len(message) < 500, "a long value is cut"
+    assert len(message) < 600, "a long value is cut"
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
@@ -124,7 +153,7 @@ def test_a_collection_group_has_a_bare_id() -> None:
 @pytest.mark.parametrize("spelling", ["array-contains", "array_contains"])
 def test_both_spellings_of_the_array_operators_are_accepted(spelling: str) -> None:
     settings = scaler.read_settings({**NEEDED, "WAITING_FILTER": f'[["tags", "{spelling}", "a"]]'})
-    assert settings.waiting_filter == (scaler.Filter("tags", "array_contains", "a"),)
+    assert settings.waiting_filter == (("tags", "array_contains", "a"),)
 
 
 @pytest.mark.parametrize("variable", ["BUSY_FILTER", "FALLBACK_REPLICAS", "SCALE_UP_STEP"])
@@ -156,6 +185,13 @@ def test_help_prints_every_setting_and_version_the_version(world: World) -> None
     text = world.run("--help").stdout
     assert all(f.name.upper() in text for f in fields(scaler.Settings))
     assert world.run("--version").stdout == f"queue-scaler {scaler.__version__}\n"
+
+
+@pytest.mark.parametrize("typo", ["MIN_REPLICA", "MAX_REPLICAS_", "JOB_PER_POD", "DRYRUN"])
+def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(typo: str, world: World) -> None:
+    run = world.run(**{typo: "2"})
+    assert run.exit_code == 0 and f"WARNING AutoScaler {typo} is not a variable" in run.stdout, run
+    assert "is not a variable" not in world.run(HOSTNAME="x", PYTHONPATH="").stdout
 
 
 def test_an_unknown_argument_is_refused(world: World) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
@@ -30,7 +33,7 @@ def set_replicas(cluster: FakeKubernetes, replicas: int, manager: str, subresour
 @pytest.mark.parametrize(
     ("manager", "subresource", "named"),
     [
-        (HPA, "scale", "kube-controller-manager through the scale subresource"),
+        (HPA, "scale", "a HorizontalPodAutoscaler (kube-controller-manager through the scale"),
         ("keda", "scale", "keda through the scale subresource"),
         ("argocd-controller", "", "argocd-controller at "),
         ("Helm", "", "Helm at "),
@@ -45,10 +48,11 @@ def test_another_master_is_noticed_and_named(
     subresource: str,
     named: str,
 ) -> None:
-    queue.fill(2)
+    queue.fill(3)
+    assert world.run().reason == "ScaledUp"
     set_replicas(cluster, 2, manager, subresource)
     run = world.run()
-    assert run.exit_code == 0 and run.reason == "AtTarget", run
+    assert run.exit_code == 0 and run.reason == "ScaleUpCooldown", run
     assert len(warnings(run)) == 1 and named in warnings(run)[0], run
     assert " WARNING AutoScaler " in warnings(run)[0]
 
@@ -64,6 +68,21 @@ def test_a_persons_kubectl_is_no_master(
     for subresource in ("", "scale"):
         set_replicas(cluster, 1, "kubectl", "")
         set_replicas(cluster, 2, manager, subresource)
+        assert warnings(world.run()) == []
+
+
+@pytest.mark.parametrize("scaled_before", [False, True])
+def test_whoever_created_the_deployment_is_no_master(
+    queue: FakeFirestore, scaled_before: bool, tmp_path: Path
+) -> None:
+    """Helm and CI write `replicas` once, and own the field until somebody changes it."""
+    with FakeKubernetes() as cluster:
+        world = World(cluster, queue.host, directory=tmp_path)
+        queue.fill(2)
+        cluster.add_deployment("worker", replicas=2, manager="helm")
+        if scaled_before:
+            later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+            cluster.annotate("worker", **{"queue-scaler/last-scale-time": later})
         assert warnings(world.run()) == []
 
 

@@ -1,18 +1,26 @@
-"""A Deployment, a queue, and `scaler.py` run between them as a process, as the CronJob would."""
+"""A Deployment, a queue, and `scaler.py` run between them.
+
+By default a run is `scaler.execute` in the test's own process, with the same clients over HTTP and
+gRPC, which takes milliseconds; with `process` it is a process, as the CronJob would start it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import scaler
 from tests.fakes.kubernetes import FakeKubernetes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -52,6 +60,7 @@ class World:
     now: datetime | None = None
     settings: dict[str, str] = field(default_factory=dict)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))
+    process: bool = False
 
     def environment(self, **settings: str) -> dict[str, str]:
         """What the container's environment would be, and nothing of this process's own."""
@@ -94,12 +103,34 @@ class World:
         """One run with exactly this environment."""
         log = self.directory / "termination-log"
         log.unlink(missing_ok=True)
-        begun = datetime.now()
-        process = self.start(*arguments, log=log, environ=environ)
-        stdout, stderr = process.communicate(timeout=120)
-        seconds = (datetime.now() - begun).total_seconds()
+        begun = time.monotonic()
+        if self.process:
+            process = self.start(*arguments, log=log, environ=environ)
+            stdout, stderr = process.communicate(timeout=120)
+            exit_code = process.returncode
+        else:
+            stdout, stderr, exit_code = self._execute(arguments, environ, log)
+        seconds = time.monotonic() - begun
         record = json.loads(log.read_text()) if log.exists() else {}
-        return Run(process.returncode, stdout, stderr, record, seconds)
+        return Run(exit_code, stdout, stderr, record, seconds)
+
+    def _execute(
+        self, arguments: Sequence[str], environ: Mapping[str, str], log: Path
+    ) -> tuple[str, str, int]:
+        """Standard output and error, and the exit code. Google's client reads this process's own
+        environment, which is the run's for its time."""
+        environ, before = {**environ, "TERMINATION_LOG": str(log)}, dict(os.environ)
+        clock = scaler.utc_now if self.now is None else lambda: self.now or START
+        out, err = io.StringIO(), io.StringIO()
+        os.environ.clear()
+        os.environ.update(environ)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                exit_code = scaler.execute(arguments, environ, clock)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return out.getvalue(), err.getvalue(), exit_code
 
     def pass_time(self, seconds: float = 60) -> None:
         assert self.now, "the clock of this world is the real one"
