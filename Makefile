@@ -13,10 +13,10 @@ PIN := pip compile --quiet --universal --generate-hashes --python-version 3.11
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test lint types bench e2e requirements clean
+.PHONY: help demo picture test test-slow ci lint types bench e2e requirements clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUNTIME) ## watch the real script follow a queue, in about half a minute; no cluster needed
 	@$(BIN)/python -m tests.demo
@@ -24,8 +24,13 @@ demo: $(RUNTIME) ## watch the real script follow a queue, in about half a minute
 picture: $(RUNTIME) ## draw docs/replicas.svg again, from the real script's decisions
 	@$(BIN)/python -m tests.demo --picture docs/replicas.svg
 
-test: $(DEV) ## all tests; some of them only: make test ARGS="-k cooldown"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="-k cooldown"
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(DEV) ## the others: processes, the Firestore emulator, kubectl, the image, the pages
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+ci: lint types test test-slow ## all that has to hold before a change lands
 
 lint: $(DEV) ## style
 	$(BIN)/ruff check .

@@ -718,7 +718,7 @@ def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
     if inputs.current > 0 or settings.min_replicas == 0 or inputs.own_zero:
         return None
     why = f"somebody set 0 replicas although MIN_REPLICAS={settings.min_replicas}"
-    hold: Hold = ("ScalingDisabled", ": switched off until somebody scales it to 1 or more")
+    hold: Hold = ("ScalingDisabled", ", switched off until somebody scales it to 1 or more")
     return conclude(inputs, hold, "ScalingDisabled", why)
 
 

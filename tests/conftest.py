@@ -15,6 +15,13 @@ from tests.fakes.kubernetes import FakeKubernetes
 from tests.world import PROJECT, START, World
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the emulator is slow: it starts a Java process."""
+    for item in items:
+        if "emulator" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def cluster() -> Iterator[FakeKubernetes]:
     """A Kubernetes API with a Deployment "worker" of one pod."""

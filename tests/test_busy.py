@@ -766,6 +766,7 @@ EVERY = hypothesis_settings(
 )
 
 
+@pytest.mark.slow
 def test_no_busy_pod_is_killed_over_hundreds_of_patterns_and_many_are_without_the_marking(
     queue: FakeFirestore, tmp_path: Path
 ) -> None:

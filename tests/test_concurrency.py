@@ -14,6 +14,8 @@ from tests.fakes.firestore import Fail, FakeFirestore
 from tests.fakes.kubernetes import FakeKubernetes, Match
 from tests.world import BUSY, START, Run, World
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 20
 PATCH = Match("patch", "deployments")
 

@@ -14,6 +14,8 @@ import pytest
 from tests import demo
 from tests.world import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 PICTURE = REPOSITORY / "docs" / "replicas.svg"
 
 

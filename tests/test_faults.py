@@ -33,6 +33,8 @@ from tests.fakes.kubernetes import FakeKubernetes, Match
 from tests.fakes.proxy import ChaosProxy
 from tests.world import BUSY, PROJECT, START, Run, World
 
+pytestmark = pytest.mark.slow
+
 SHORT_SECONDS = 5  # the budget of a run that uses it up
 LONG_SECONDS = 20  # the budget of any other run
 OUTAGE_SECONDS = 0.7
@@ -860,7 +862,7 @@ def test_a_crash_before_the_patch_changes_nothing(
         assert scene.cluster.scales == []
 
 
-@pytest.mark.parametrize("function", ["finish", "scrub"])
+@pytest.mark.parametrize("function", ["finish"])
 def test_a_crash_after_the_patch_does_not_deny_it(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,8 @@ from tests.fakes.firestore import (
 from tests.fakes.proxy import ChaosProxy, Mode
 from tests.world import PROJECT
 
+pytestmark = pytest.mark.slow
+
 Query = firestore.Query | firestore.CollectionReference
 ClientFor = Callable[..., firestore.Client]
 

@@ -24,6 +24,8 @@ from tests.fakes.kubernetes_objects import json_patch, merge
 from tests.test_manifests import USER, load, settings, whole_life
 from tests.world import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 VARIABLES = dict.fromkeys(("object", "oldObject", "request", "variables"), cel.Type.DYN)
 Object = dict[str, Any]
 

@@ -30,6 +30,8 @@ from tests.fakes.firestore import FakeFirestore
 from tests.fakes.kubernetes import FakeKubernetes
 from tests.world import BUSY, REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 IMAGE = "localhost/queue-scaler"
 PLAIN = "localhost/plain"
 RATIO = 0.65

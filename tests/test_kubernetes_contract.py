@@ -41,6 +41,8 @@ from tests.fakes.kubernetes import (
 from tests.fakes.kubernetes_controllers import deletion_order, proportional_sizes
 from tests.fakes.kubernetes_objects import DELETION_COST
 
+pytestmark = pytest.mark.slow
+
 Object = dict[str, Any]
 T = TypeVar("T")
 

@@ -21,6 +21,14 @@ LIST = Match("list", "pods")
 RECORD_BYTES = 4096
 LINE_CHARACTERS = 4000
 
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def as_processes(world: World) -> None:
+    """An answer that drips is ended by the watchdog, which only a process has."""
+    world.process = True
+
 
 def warnings(run: Run) -> list[str]:
     return [line for line in run.stdout.splitlines() if " WARNING AutoScaler " in line]

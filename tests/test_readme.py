@@ -25,6 +25,8 @@ from tests.fakes.kubernetes import FakeKubernetes
 from tests.fakes.kubernetes_api import Answer, json_answer
 from tests.world import BUSY, PROJECT, REPOSITORY, START, World
 
+pytestmark = pytest.mark.slow
+
 NAME = "eventstorming-generator"
 ENGLISH, KOREAN = REPOSITORY / "README.md", REPOSITORY / "README.ko.md"
 BOTH = pytest.mark.parametrize("readme", [ENGLISH, KOREAN], ids=lambda path: path.name)

@@ -64,7 +64,7 @@ def test_a_history_that_came_back_starts_afresh(world: World, queue: FakeFiresto
 
 def test_whoever_owns_an_annotation_beside_the_rollback_has_set_it() -> None:
     def entry(manager: str, *names: str, **more: str) -> dict[str, object]:
-        owned = {f"f:{name}": {} for name in names}
+        owned: dict[str, object] = {f"f:{name}": {} for name in names}
         fields = {"f:metadata": {"f:annotations": {".": {}, **owned}}}
         return {"manager": manager, "operation": "Update", "fieldsV1": fields, **more}
 

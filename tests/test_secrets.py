@@ -22,6 +22,14 @@ PIECE = 16  # so many characters of a secret in a row are a leak
 TOKEN = "swordfish-0123456789-ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PASSWORD = "correct-horse-battery-staple"
 
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def as_processes(world: World) -> None:
+    """An answer that drips is ended by the watchdog, which only a process has."""
+    world.process = True
+
 
 def written(world: World, run: Run) -> str:
     """All that a run leaves behind: its log, its record, its Events and its annotations."""

@@ -22,6 +22,8 @@ from google.cloud.firestore import Client
 from tests.fakes.emulator import Emulator
 from tests.world import BUSY, PROJECT, REPOSITORY, World
 
+pytestmark = pytest.mark.slow
+
 # All workers want the first waiting job, and take their time between looking at it and taking it:
 # the worst that chance could do.
 WORKER = """
