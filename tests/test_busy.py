@@ -62,7 +62,7 @@ def world(world: World) -> World:
     return world
 
 
-@pytest.fixture(params=["fake", "emulator"])
+@pytest.fixture(params=["fake", pytest.param("emulator", marks=pytest.mark.slow)])
 def either(request: pytest.FixtureRequest) -> tuple[World, Jobs]:
     """The same world, its queue once the fake's and once the official emulator's."""
     if request.param == "fake":

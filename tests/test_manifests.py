@@ -322,8 +322,8 @@ def test_the_image_runs_as_the_user_of_the_manifest() -> None:
 
 def test_the_resources_are_requests_and_a_memory_limit() -> None:
     resources = container()["resources"]
-    assert set(resources["requests"]) == {"cpu", "memory"}
-    assert set(resources["limits"]) == {"memory"}
+    assert set(resources["requests"]) == {"cpu", "memory", "ephemeral-storage"}
+    assert set(resources["limits"]) == {"memory", "ephemeral-storage"}
     assert pod()["enableServiceLinks"] is False
 
 

@@ -292,7 +292,7 @@ def test_every_variable_that_a_command_sets_is_a_setting(readme: Path) -> None:
         if "set env" in command:
             named = set(re.findall(r"\b([A-Z][A-Z_]+)(?==|-$)", command))
             assert named <= known, command
-            values = dict(re.findall(r"\b([A-Z][A-Z_]+)=(\S+)", command))
+            values = dict(re.findall(r'\b([A-Z][A-Z_]+)="?((?<=")[^"]*|[^\s"]+)', command))
             needed = {"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"}
             scaler.read_settings({**needed, **values})
 

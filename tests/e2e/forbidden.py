@@ -10,15 +10,19 @@ to run for it, so a control plane without nodes is enough.
 
 from __future__ import annotations
 
+import copy
 import json
+import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from tests.e2e.kubectl import (
     REPOSITORY,
     Account,
+    Answer,
     Checks,
     account,
     eventually,
@@ -35,12 +39,17 @@ MINE = "queue-scaler/"
 COST = "controller.kubernetes.io/pod-deletion-cost"
 FOREIGN = {"example.com/owner": "team-a", "example.com/note": "hands off"}
 BOUND = 20  # of guardrails.yaml
+MANAGER = "?fieldManager=queue-scaler"
+LONGEST_HISTORY = " ".join(f"{1767225600 + n}:2147483647" for n in range(3601))
 SELF = "system:serviceaccount:{}:queue-scaler"
 
 
 @dataclass(frozen=True)
 class Act:
-    """One request in the account's name. A PATCH with a list is a JSON patch, else a merge one."""
+    """One request in the account's name. A PATCH with a list is a JSON patch, else a merge one.
+
+    A body that depends on the object as it is now is a function of it.
+    """
 
     what: str
     method: str
@@ -70,7 +79,10 @@ def deployment(name: str) -> dict[str, Any]:
         "spec": {
             "replicas": 2,
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": pod_spec()},
+            "template": {
+                "metadata": {"labels": labels, "annotations": FOREIGN},
+                "spec": pod_spec(),
+            },
         },
     }
 
@@ -98,16 +110,18 @@ def bystanders() -> dict[str, Any]:
 
 
 def event(namespace: str, **changes: Any) -> dict[str, Any]:
-    """An Event as the scaler writes it."""
-    return {
+    """An Event as the scaler writes it, but for `changes`; None leaves a field out."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    whole = {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{NAME}.", "namespace": namespace},
+        "metadata": {"name": f"{NAME}.{secrets.token_hex(8)}", "namespace": namespace},
         "involvedObject": {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
             "name": NAME,
             "namespace": namespace,
+            "uid": "1-2-3",
         },
         "type": "Normal",
         "reason": "SuccessfulRescale",
@@ -115,11 +129,12 @@ def event(namespace: str, **changes: Any) -> dict[str, Any]:
         "source": {"component": "queue-scaler"},
         "reportingComponent": "queue-scaler",
         "reportingInstance": "queue-scaler",
-        "firstTimestamp": "2026-01-01T00:00:00Z",
-        "lastTimestamp": "2026-01-01T00:00:00Z",
+        "firstTimestamp": now,
+        "lastTimestamp": now,
         "count": 1,
         **changes,
     }
+    return {key: value for key, value in whole.items() if value is not None}
 
 
 def paths(namespace: str) -> tuple[str, str, str]:
@@ -131,7 +146,7 @@ def paths(namespace: str) -> tuple[str, str, str]:
 def life(namespace: str, pod: str) -> Iterator[Act]:
     """All that the scaler ever asks of the API server, in the forms in which it does."""
     deployments, core, _ = paths(namespace)
-    mine, manager = f"{deployments}/{NAME}", "?fieldManager=queue-scaler"
+    mine, manager = f"{deployments}/{NAME}", MANAGER
 
     def patch(what: str, replicas: int | None, **annotations: str | None) -> Act:
         named = {MINE + name.replace("_", "-"): value for name, value in annotations.items()}
@@ -150,6 +165,7 @@ def life(namespace: str, pod: str) -> Iterator[Act]:
     yield patch("scale up", 3, last_scale="up 2->3", last_scale_time=when)
     yield Act("write the Event of it", "POST", f"{core}/events{manager}", event(namespace))
     yield patch("remember a recommendation", None, recommendations="1767225600:3")
+    yield patch("remember the longest history", None, recommendations=LONGEST_HISTORY)
     yield patch("remember that the queue fails", None, queue_failing_since=when)
     yield patch("scale to the bound", BOUND, last_scale=f"up 3->{BOUND}", last_scale_time=when)
     yield mark("mark a pod as busy", "2147483647")
@@ -172,12 +188,23 @@ def container(**changes: Any) -> dict[str, Any]:
     return {"containers": [{"name": "main", "image": "registry.k8s.io/pause:3.10", **changes}]}
 
 
+def forged(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], dict[str, Any]]:
+    """A patch that changes the entry of whoever made the Deployment."""
+
+    def body(old: Any) -> dict[str, Any]:
+        entries = copy.deepcopy(old["metadata"]["managedFields"])
+        change(next(e for e in entries if "f:template" in e["fieldsV1"].get("f:spec", {})))
+        return {"metadata": {"managedFields": entries}}
+
+    return body
+
+
 def deployment_acts(namespace: str) -> Iterator[Act]:
     """Patches of the account's own Deployment, which RBAC would allow."""
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
     host = {"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}
     rolling = {"strategy": {"type": "Recreate", "rollingUpdate": None}}
-    patches = {
+    patches: dict[str, Any] = {
         "change the image": template(**container(image="example.com/evil")),
         "change the command": template(**container(command=["sh"])),
         "add a variable": template(**container(env=[{"name": "A", "value": "b"}])),
@@ -209,6 +236,45 @@ def deployment_acts(namespace: str) -> Iterator[Act]:
         "add a finalizer": {"metadata": {"finalizers": ["example.com/stay"]}},
         "add an owner": {"metadata": {"ownerReferences": [owner]}},
         "clear the record of who set what": {"metadata": {"managedFields": [{}]}},
+        "forge others' records: take a container into them": forged(
+            lambda entry: entry["fieldsV1"].setdefault("f:spec", {}).update({"f:strategy": {}})
+        ),
+        "forge others' records: a pause": forged(
+            lambda entry: (
+                entry["fieldsV1"]
+                .setdefault("f:metadata", {})
+                .setdefault("f:annotations", {})
+                .update({"f:queue-scaler/paused-scale-in": {}, "f:example.com/x": {}})
+            )
+        ),
+        "forge others' records: drop what they own": forged(
+            lambda entry: entry["fieldsV1"]["f:spec"].pop("f:template", None)
+        ),
+        "forge others' records: a new manager": forged(lambda entry: entry.update(manager="ci")),
+        "forge others' records: an apply": forged(lambda entry: entry.update(operation="Apply")),
+        "forge a record of its own": lambda old: {
+            "metadata": {
+                "managedFields": [
+                    *old["metadata"]["managedFields"],
+                    {
+                        "manager": "queue-scaler",
+                        "operation": "Update",
+                        "apiVersion": "apps/v1",
+                        "fieldsType": "FieldsV1",
+                        "time": "2026-01-01T00:00:00Z",
+                        "fieldsV1": {"f:spec": {"f:template": {}, "f:strategy": {}}},
+                    },
+                ]
+            }
+        },
+        "fill an annotation under its prefix": annotate(**{MINE + "junk": "x" * 250_000}),
+        "add an annotation under its prefix": annotate(**{MINE + "new": "x"}),
+        "fill the history": annotate(**{MINE + "recommendations": "1" * 80_001}),
+        "fill the time of the last scale": annotate(**{MINE + "last-scale-time": "1" * 65}),
+        "fill the last scale": annotate(**{MINE + "last-scale": "1" * 65}),
+        "fill the time of a failure": annotate(**{MINE + "queue-failing-since": "1" * 65}),
+        "write a history that is not in ASCII": annotate(**{MINE + "recommendations": "\u00e9"}),
+        "end a person's pause": annotate(**{MINE + "paused-until": "2026-01-01T00:00:00Z"}),
         "add a foreign annotation": annotate(**{"example.com/new": "x"}),
         "add one of kubectl's": annotate(
             **{"kubectl.kubernetes.io/last-applied-configuration": "{}"}
@@ -228,6 +294,9 @@ def deployment_acts(namespace: str) -> Iterator[Act]:
         },
     }
     path = f"{paths(namespace)[0]}/{NAME}"
+    yield Act("Deployment: scale in CI's name", "PATCH", f"{path}?fieldManager=ci",
+              {"spec": {"replicas": 3}})  # fmt: skip
+    path += MANAGER
     for what, body in patches.items():
         yield Act(f"Deployment: {what}", "PATCH", path, body)
 
@@ -250,9 +319,10 @@ def other_deployment_acts(namespace: str) -> Iterator[Act]:
     yield Act("another Deployment: delete", "DELETE", other)
 
 
-def pod_acts(namespace: str) -> Iterator[Act]:
+def pod_acts(namespace: str, name: str) -> Iterator[Act]:
+    """Patches of a pod of the account's own Deployment, and all else that is done to pods."""
     _, core, _ = paths(namespace)
-    pods, pod = f"{core}/pods", f"{core}/pods/{OTHER}"
+    pods, pod = f"{core}/pods", f"{core}/pods/{name}"
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
     debug = {"name": "debug", "image": "example.com/evil"}
     toleration = {"key": "example.com/new", "operator": "Exists"}
@@ -262,22 +332,23 @@ def pod_acts(namespace: str) -> Iterator[Act]:
         "end it soon": {"spec": {"activeDeadlineSeconds": 1}},
         "tolerate a taint": [{"op": "add", "path": "/spec/tolerations/-", "value": toleration}],
         "add a label": {"metadata": {"labels": {"a": "b"}}},
-        "remove a label": {"metadata": {"labels": {"run": None}}},
+        "remove a label": {"metadata": {"labels": {"app": None}}},
         "add a finalizer": {"metadata": {"finalizers": ["example.com/stay"]}},
         "add an owner": {"metadata": {"ownerReferences": [owner]}},
         "clear the record of who set what": {"metadata": {"managedFields": [{}]}},
+        "add an annotation of the Deployment's": annotate(**{MINE + "last-scale": "x"}),
         "add a foreign annotation": annotate(**{"example.com/new": "x"}),
         "change a foreign annotation": annotate(**{"example.com/note": "x"}),
         "remove a foreign annotation": annotate(**{"example.com/note": None}),
         "hide a change behind a mark": annotate(**{COST: "0", "example.com/note": "x"}),
     }
     for what, body in patches.items():
-        yield Act(f"pod: {what}", "PATCH", pod, body)
+        yield Act(f"pod: {what}", "PATCH", pod + MANAGER, body)
     ephemeral = {"spec": {"ephemeralContainers": [debug]}}
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": OTHER}}
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
     node = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
     binding = {
-        "apiVersion": "v1", "kind": "Binding", "metadata": {"name": OTHER}, "target": node,
+        "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": node,
     }  # fmt: skip
     new = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "new"}, "spec": pod_spec()}
     yield Act("pod: read", "GET", pod)
@@ -291,7 +362,11 @@ def pod_acts(namespace: str) -> Iterator[Act]:
     yield Act("pod: change the status", "PATCH", f"{pod}/status", {"status": {"phase": "Failed"}})
     yield Act("pod: evict", "POST", f"{pod}/eviction", eviction)
     yield Act("pod: bind to a node", "POST", f"{pod}/binding", binding)
-    yield Act("pod: replace", "PUT", pod, {**new, "metadata": {"name": OTHER}})
+    yield Act("pod: bind to a node, the old way", "POST", f"{core}/bindings", binding)
+    yield Act("pod: replace", "PUT", pod, {**new, "metadata": {"name": name}})
+    yield Act(
+        "a pod of nobody's: mark", "PATCH", f"{pods}/{OTHER}{MANAGER}", annotate(**{COST: "-9"})
+    )
     yield Act("pod: delete", "DELETE", pod)
     yield Act("pods: delete all", "DELETE", pods)
     yield Act("pods: create", "POST", pods, new)
@@ -300,11 +375,48 @@ def pod_acts(namespace: str) -> Iterator[Act]:
 def event_acts(namespace: str) -> Iterator[Act]:
     _, core, _ = paths(namespace)
     events = f"{core}/events"
-    about_pod = {"apiVersion": "v1", "kind": "Pod", "name": OTHER, "namespace": namespace}
-    spoofed = {"source": {"component": "kubelet"}, "reportingComponent": "kubelet"}
-    yield Act("Event: about a pod", "POST", events, event(namespace, involvedObject=about_pod))
-    yield Act("Event: with another reason", "POST", events, event(namespace, reason="Killing"))
-    yield Act("Event: in another's name", "POST", events, event(namespace, **spoofed))
+    good = event(namespace)
+    about, named = good["involvedObject"], good["metadata"]
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
+    later = {"firstTimestamp": "2099-01-01T00:00:00Z", "lastTimestamp": "2099-01-01T00:00:00Z"}
+    earlier = dict.fromkeys(later, "2020-01-01T00:00:00Z")
+    wrong: dict[str, dict[str, Any]] = {
+        "about a pod": {"involvedObject": {**about, "apiVersion": "v1", "kind": "Pod"}},
+        "about another Deployment": {"involvedObject": {**about, "name": OTHER}},
+        "about no Deployment": {"involvedObject": {**about, "name": "nobody"}},
+        "about another API": {"involvedObject": {**about, "apiVersion": "evil/v9"}},
+        "about a field": {"involvedObject": {**about, "fieldPath": "spec"}},
+        "with another reason": {"reason": "Killing"},
+        "of the type Warning": {"type": "Warning"},
+        "in the kubelet's name": {"source": {"component": "kubelet"}},
+        "from a host": {"source": {"component": "queue-scaler", "host": "node1"}},
+        "reported by the kubelet": {"reportingComponent": "kubelet"},
+        "reported by an instance of the kubelet": {"reportingInstance": "kubelet, node1"},
+        "with a long message": {"message": "x" * 1025},
+        "of the year 2099": later,
+        "of long ago": earlier,
+        "of two times": {"firstTimestamp": "2020-01-01T00:00:00Z"},
+        "a thousand times": {"count": 1000},
+        "with a finalizer": {"metadata": {**named, "finalizers": ["example.com/stay"]}},
+        "with an owner": {"metadata": {**named, "ownerReferences": [owner]}},
+        "with a label": {"metadata": {**named, "labels": {"a": "b"}}},
+        "with an annotation": {"metadata": {**named, "annotations": {"a": "x" * 200_000}}},
+        "with another name": {"metadata": {**named, "name": "a-name"}},
+        "with a related object": {"related": about},
+        "with a series": {
+            "series": {"count": 9, "lastObservedTime": "2026-01-01T00:00:00.000000Z"}
+        },
+        "with an action": {"action": "Killing"},
+        "with an event time": {"eventTime": "2026-01-01T00:00:00.000000Z", "action": "Scale"},
+    }
+    for what, changes in wrong.items():
+        yield Act(f"Event: {what}", "POST", events + MANAGER, event(namespace, **changes))
+    note = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": named,
+            "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "queue-scaler",
+            "reportingInstance": "queue-scaler", "action": "Scale", "type": "Normal",
+            "reason": "SuccessfulRescale", "regarding": about, "note": "x"}  # fmt: skip
+    newer = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+    yield Act("Event: through events.k8s.io", "POST", newer, note)
     yield Act("Events: list", "GET", events)
     yield Act("Events: delete all", "DELETE", events)
 
@@ -345,8 +457,8 @@ def foreign_acts(namespace: str, elsewhere: str) -> Iterator[Act]:
     yield Act("RoleBindings: list", "GET", f"{rbac}/rolebindings")
     bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
     yield Act("cluster-admin: take", "POST", bindings, admin)
-    yield Act("guardrails: loosen", "PATCH", f"{policies}/queue-scaler-deployments", allow)
-    yield Act("guardrails: delete", "DELETE", f"{policies}/queue-scaler-deployments")
+    yield Act("guardrails: loosen", "PATCH", f"{policies}/queue-scaler", allow)
+    yield Act("guardrails: delete", "DELETE", f"{policies}/queue-scaler")
     yield Act("another namespace: read", "GET", f"{there}/{NAME}")
     yield Act("another namespace: scale", "PATCH", f"{there}/{NAME}", {"spec": {"replicas": 3}})
     yield Act("another namespace: list pods", "GET", f"{core_there}/pods")
@@ -361,12 +473,12 @@ def foreign_acts(namespace: str, elsewhere: str) -> Iterator[Act]:
     yield Act("the API server's metrics: read", "GET", "/metrics")
 
 
-def acts(namespace: str, elsewhere: str) -> list[Act]:
+def acts(namespace: str, elsewhere: str, pod: str) -> list[Act]:
     """All that has to be refused."""
     return [
         *deployment_acts(namespace),
         *other_deployment_acts(namespace),
-        *pod_acts(namespace),
+        *pod_acts(namespace, pod),
         *event_acts(namespace),
         *foreign_acts(namespace, elsewhere),
     ]
@@ -377,14 +489,37 @@ def rbac(namespace: str) -> str:
     return text.replace("namespace: default", f"namespace: {namespace}")
 
 
-def state(namespaces: list[str]) -> Any:
+# What people have set on the Deployment, the replicas (2 before) that the account asks for, and
+# whether it gets them.
+TRUE = "true"
+PAUSES: list[tuple[dict[str, str], int, bool]] = [
+    ({"paused": TRUE}, 0, False),
+    ({"paused": TRUE}, 3, False),
+    ({"paused": "unreadable"}, 3, False),
+    ({"paused": "False"}, 3, True),
+    ({"paused-replicas": "0"}, 0, True),
+    ({"paused-replicas": " 5 "}, 5, True),
+    ({"paused-replicas": "5"}, 4, False),
+    ({"paused-replicas": "15"}, 5, False),
+    ({"paused-replicas": "unreadable"}, 0, False),
+    ({"paused": TRUE, "paused-replicas": "0"}, 0, False),
+    ({"paused-scale-in": TRUE}, 1, False),
+    ({"paused-scale-in": TRUE}, 3, True),
+    ({"paused-scale-out": TRUE}, 3, False),
+    ({"paused-scale-out": TRUE}, 1, True),
+    ({"paused-scale-in": TRUE, "paused-replicas": "1"}, 1, True),
+    ({"paused": TRUE, "paused-until": "2026-01-01T00:00:00Z"}, 0, True),
+]
+
+
+def state(namespaces: list[str], pod: str) -> Any:
     """What the forbidden acts could have changed, without what the controllers keep up."""
     kinds = "deployments.apps,pods,secrets,configmaps,roles,rolebindings,serviceaccounts"
     kept = {}
     for namespace in namespaces:
         for item in read(kinds, "-n", namespace)["items"]:
             metadata, name = item["metadata"], item["metadata"]["name"]
-            if item["kind"] == "Pod" and name != OTHER:
+            if item["kind"] == "Pod" and name not in (OTHER, pod):
                 continue
             for own in ("managedFields", "resourceVersion", "generation"):
                 metadata.pop(own, None)
@@ -393,53 +528,126 @@ def state(namespaces: list[str]) -> Any:
     return kept
 
 
-def set_up(namespaces: list[str]) -> str:
-    """The account and the bystanders. The name of one of the Deployment's pods."""
+def own_pod(namespace: str, name: str = NAME) -> str:
+    """A pod of the Deployment, once it has both."""
+
+    def pod() -> str:
+        found = read("pods", "-n", namespace, "-l", f"app={name}")["items"]
+        live = [each for each in found if "deletionTimestamp" not in each["metadata"]]
+        return str(live[0]["metadata"]["name"]) if len(live) == 2 else ""
+
+    return eventually(pod, 60, f"two pods of {name}")
+
+
+def set_up(namespaces: list[str]) -> None:
+    """The account and the bystanders."""
     kubectl("apply", "-n", namespaces[0], "-f", "-", stdin=rbac(namespaces[0]))
     for namespace in namespaces:
         kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(bystanders()))
 
-    def pod() -> str:
-        found = read("pods", "-n", namespaces[0], "-l", f"app={NAME}")["items"]
-        return str(found[0]["metadata"]["name"]) if len(found) == 2 else ""
-
-    return eventually(pod, 60, "two pods of the Deployment")
-
 
 def in_force(scaler: Account, namespace: str) -> bool:
-    """Whether the API server has taken in the policies: their own words refuse a dry run."""
-    deployments, core, _ = paths(namespace)
+    """Whether the API server has taken in the policy: its own words refuse a dry run."""
     label = {"metadata": {"labels": {"a": "b"}}}
-    probes = [
-        scaler.ask("PATCH", f"{deployments}/{NAME}?dryRun=All", label),
-        scaler.ask("PATCH", f"{core}/pods/{OTHER}?dryRun=All", label),
-        scaler.ask("POST", f"{core}/events?dryRun=All", event(namespace, reason="Probe")),
-    ]
-    return all("ValidatingAdmissionPolicy" in probe.message for probe in probes)
+    probe = scaler.ask("PATCH", f"{paths(namespace)[0]}/{NAME}?dryRun=All", label)
+    return by_guardrails(probe)
 
 
-def refused(scaler: Account, act: Act) -> tuple[str | None, str]:
-    """The problem, if it was not refused; who refused it."""
-    answer = scaler.ask(act.method, act.path, act.body)
-    if answer.status != 403:
-        return f"{answer.status} {answer.message}".strip(), ""
-    return None, "admission" if "ValidatingAdmissionPolicy" in answer.message else "RBAC"
+def by_guardrails(answer: Answer) -> bool:
+    return "ValidatingAdmissionPolicy" in answer.message
 
 
-def try_account(checks: Checks, scaler: Account, namespaces: list[str], pod: str) -> None:
+def tried(scaler: Account, act: Act) -> Answer:
+    body = act.body
+    if callable(body):
+        namespace, name = act.path.split("/")[5], act.path.split("/")[7].partition("?")[0]
+        body = body(read("deployment", name, "-n", namespace, "--show-managed-fields"))
+    return scaler.ask(act.method, act.path, body)
+
+
+def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
+    here = namespaces[0]
     checks.that("guardrails.yaml has no type warnings", no_type_warnings)
-    eventually(lambda: in_force(scaler, namespaces[0]), 60, "policies in force")
-    for act in life(namespaces[0], pod):
-        answer = scaler.ask(act.method, act.path, act.body)
+    for act in life(here, own_pod(here)):
+        answer = tried(scaler, act)
         good = 200 <= answer.status < 300
         checks.note(f"may: {act.what}", None if good else f"{answer.status} {answer.message}")
-    before = state(namespaces)
-    for act in acts(*namespaces):
-        problem, by = refused(scaler, act)
-        checks.note(f"may not: {act.what}", problem, by)
-    after = state(namespaces)
+    pod = own_pod(here)
+    before = state([*namespaces], pod)
+    strange = own_pod(here, OTHER)
+    mark = Act("another Deployment's pod: mark", "PATCH", f"{paths(here)[1]}/pods/{strange}{MANAGER}",
+               annotate(**{COST: "-9"}))  # fmt: skip
+    for act in [*acts(here, namespaces[1], pod), mark]:
+        answer = tried(scaler, act)
+        problem = None if answer.status == 403 else f"{answer.status} {answer.message}"
+        checks.note(
+            f"may not: {act.what}", problem, "admission" if by_guardrails(answer) else "RBAC"
+        )
+    after = state([*namespaces], pod)
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     checks.note("nothing has changed by it", f"{sorted(changed)}" if changed else None)
+
+
+def try_pauses(checks: Checks, scaler: Account, namespace: str) -> None:
+    path = f"{paths(namespace)[0]}/{NAME}{MANAGER}&dryRun=All"
+    for pause, replicas, allowed in PAUSES:
+        words = [f"{MINE}{name}={value}" for name, value in pause.items()]
+        kubectl("annotate", "--overwrite", "-n", namespace, "deployment", NAME, *words)
+        answer = scaler.ask("PATCH", path, {"spec": {"replicas": replicas}})
+        name = f"{'may' if allowed else 'may not'}: set {replicas} where {pause}"
+        expected = answer.status == 200 if allowed else by_guardrails(answer)
+        checks.note(name, None if expected else f"{answer.status} {answer.message}")
+        gone = [f"{MINE}{name}-" for name in pause]
+        kubectl("annotate", "-n", namespace, "deployment", NAME, *gone)
+
+
+# With a Role that opens everything: what is then about a Deployment that the account may patch, and
+# what fails before admission.
+OPENED = (
+    "another Deployment: scale", "Event: about another Deployment", "Event: about no Deployment",
+    "pod: replace", "CronJob: suspend",
+)  # fmt: skip
+
+
+def try_wide_role(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
+    """The Role opened to everything: the guardrails refuse every write by themselves."""
+    here = namespaces[0]
+    widen = '{"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}'
+    kubectl("patch", "role", "queue-scaler", "-n", here, "--type=merge", "-p", widen)
+    secret = f"{paths(here)[1]}/secrets/{OTHER}"
+    eventually(lambda: scaler.ask("GET", secret).status == 200, 30, "the wider Role")
+    within = f"/namespaces/{here}/"
+    for act in acts(*namespaces[:2], own_pod(here)):
+        if act.method == "GET" or within not in act.path or act.what in OPENED:
+            continue
+        answer = tried(scaler, act)
+        problem = None if by_guardrails(answer) else f"{answer.status} {answer.message}"
+        checks.note(f"may not, with every right in the namespace: {act.what}", problem)
+
+
+def try_names(checks: Checks, namespace: str) -> None:
+    """Accounts as an overlay may name them, and one that is somebody else's."""
+    names = {
+        "prodqueue-scaler": True,
+        "queue-scaler2": True,
+        "rabbitmq-queue-scaler-operator": False,
+    }
+    label = {"metadata": {"labels": {"a": "b"}}}
+    for name, ours in names.items():
+        kubectl("create", "serviceaccount", name, "-n", namespace)
+        if ours:
+            kubectl("label", "sa", name, "-n", namespace, MINE + "guardrails=true")
+        kubectl("create", "rolebinding", name, "-n", namespace, "--clusterrole=edit",
+                f"--serviceaccount={namespace}:{name}")  # fmt: skip
+        with account(f"system:serviceaccount:{namespace}:{name}") as someone:
+            path = f"{paths(namespace)[0]}/{NAME}?dryRun=All"
+
+            def answered(path: str = path, someone: Account = someone, ours: bool = ours) -> bool:
+                answer = someone.ask("PATCH", path, label)
+                return by_guardrails(answer) if ours else answer.status == 200
+
+            said = "restricted" if ours else "left alone"
+            checks.that(f"{name} is {said}", lambda said=said: str(eventually(answered, 15, said)))
 
 
 def no_type_warnings() -> str:
@@ -450,9 +658,13 @@ def no_type_warnings() -> str:
 
 def check_rights(checks: Checks) -> None:
     with scratch_namespaces("", "-other") as namespaces, guardrails():
-        pod = set_up(namespaces)
+        set_up(namespaces)
         with account(SELF.format(namespaces[0])) as scaler:
-            try_account(checks, scaler, namespaces, pod)
+            eventually(lambda: in_force(scaler, namespaces[0]), 60, "the policy in force")
+            try_account(checks, scaler, namespaces)
+            try_names(checks, namespaces[0])
+            try_wide_role(checks, scaler, namespaces)
+            try_pauses(checks, scaler, namespaces[0])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parent.parent.parent
 T = TypeVar("T")
 
-POLICIES = ("queue-scaler-deployments", "queue-scaler-pods", "queue-scaler-events")
+POLICIES = ("queue-scaler",)
 
 
 class KubectlError(Exception):
