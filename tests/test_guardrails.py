@@ -272,10 +272,10 @@ def entry(manager: str, operation: str = "Update", **fields: Any) -> Object:
             "fieldsV1": {f"f:{name}": value for name, value in fields.items()}}  # fmt: skip
 
 
-REPLICAS = {"f:replicas": {}}
-TEMPLATE = {"f:template": {"f:spec": {}}}
-TIME = {"f:annotations": {f"f:{scaler.LAST_SCALE_TIME}": {}}}
-PAUSE = {"f:annotations": {f"f:{scaler.PAUSED}": {}}}
+REPLICAS: Object = {"f:replicas": {}}
+TEMPLATE: Object = {"f:template": {"f:spec": {}}}
+TIME: Object = {"f:annotations": {f"f:{scaler.LAST_SCALE_TIME}": {}}}
+PAUSE: Object = {"f:annotations": {f"f:{scaler.PAUSED}": {}}}
 OWN = entry("queue-scaler", spec=REPLICAS, metadata=TIME)
 
 

@@ -60,8 +60,11 @@ def settings() -> scaler.Settings:
 
 def with_key() -> str:
     """cronjob.yaml as someone without Workload Identity edits it: the YAML in comments unlocked."""
-    text = (REPOSITORY / "cronjob.yaml").read_text()
-    return re.sub(r"(?m)^( *)# ( *(?:- )?[A-Za-z_]+:(?: [\w./-]+)?)$", r"\1\2", text)
+    plain, mark, rest = (
+        (REPOSITORY / "cronjob.yaml").read_text().partition("# The credentials' own")
+    )
+    pattern = r"(?m)^( *)# ( *(?:- )?[A-Za-z_]+:(?: [\w./-]+)?)$"
+    return plain + mark + re.sub(pattern, r"\1\2", rest)
 
 
 # The whole life of the scaler, as a process with the rights of rbac.yaml and the settings of
