@@ -46,6 +46,13 @@ RUN pip uninstall --yes --root-user-action=ignore pip \
 COPY --from=build /usr/local/lib/python3.13/site-packages /usr/local/lib/python3.13/site-packages
 COPY --from=build /app /app
 
+# The base brings the time zones that SCHEDULED_MIN_REPLICAS names. A base without them fails here.
+RUN python -c "import zoneinfo; zoneinfo.ZoneInfo('Asia/Seoul')"
+
+LABEL org.opencontainers.image.title="queue-scaler" \
+      org.opencontainers.image.description="Scales a Deployment by a Firestore job queue" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
 # "nobody" is often taken for other things; this number is nobody's. A number, because Kubernetes
 # cannot tell from a name whether it is root (runAsNonRoot).
 USER 65532:65532

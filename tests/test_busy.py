@@ -766,6 +766,40 @@ EVERY = hypothesis_settings(
 )
 
 
+def test_pods_of_another_deployment_under_the_same_labels_are_not_its_own(
+    world: World, queue: FakeFirestore
+) -> None:
+    """A canary beside the stable pods: `app=worker` selects both Deployments' pods."""
+    world.cluster.add_deployment(
+        "worker-canary", labels={"app": "worker", "track": "canary"}, replicas=1
+    )
+    canary = str(world.cluster.pods("worker-canary")[0]["metadata"]["name"])
+    hold(queue, [canary])
+    world.cluster.scale("worker", 3)
+    run = world.run(**EAGER)
+    assert (run.reason, world.replicas) == ("ScaledDown", 1), run
+    marked = [call.name for call in world.cluster.calls(Match("patch", "pods"))]
+    assert canary not in marked and run.record["busy"] == 0
+
+
+def test_waiting_and_busy_jobs_are_counted_at_one_moment(
+    world: World, queue: FakeFirestore
+) -> None:
+    """Nothing is asked of the API server between the two, and nothing of the queue before it."""
+    asked: list[tuple[str, int]] = []
+
+    def note(what: str, is_busy: bool) -> None:
+        about = On(
+            "count", where=lambda call: any(op == "in" for _, op, _ in call.filters) == is_busy
+        )
+        queue.hook(about, lambda _: asked.append((what, len(world.cluster.requests))))
+
+    note("waiting", False)
+    note("busy", True)
+    world.run(**EAGER)
+    assert asked == [("waiting", 2), ("busy", 2)], "after the Deployment and its pods"
+
+
 @pytest.mark.slow
 def test_no_busy_pod_is_killed_over_hundreds_of_patterns_and_many_are_without_the_marking(
     queue: FakeFirestore, tmp_path: Path

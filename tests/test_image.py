@@ -123,6 +123,7 @@ def make_stand_in(build: Builder, root: Path) -> None:
         binaries.append(found)
     for library in {library for path in binaries for library in libraries_of(path)} | common():
         copy_to(library, root / library.relative_to("/"))
+    shutil.copytree("/usr/share/zoneinfo", root / "usr/share/zoneinfo", symlinks=True)
     (root / "tmp").mkdir()
     (root / "tmp").chmod(0o1777)
     (root / "etc").mkdir()
@@ -348,6 +349,20 @@ def test_both_stages_start_from_the_same_base() -> None:
 
 def test_the_image_runs_as_a_user_that_is_not_root_by_number(image: Image) -> None:
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", image.config("User"))
+
+
+def test_the_image_says_what_it_is(image: Image) -> None:
+    labels = image.config("Labels")
+    for name in ("title", "description", "licenses"):
+        assert labels[f"org.opencontainers.image.{name}"]
+
+
+def test_the_image_knows_the_time_zones(image: Image, settings: dict[str, str]) -> None:
+    hours = {"SCHEDULED_MIN_REPLICAS": "2 Mon-Sun 00:00-24:00 Asia/Seoul", "KUBECONFIG": "/none"}
+    done = image.scaler(environ={**settings, **hours})
+    assert "SCHEDULED_MIN_REPLICAS" not in done.stdout, done.stdout
+    wrong = {**hours, "SCHEDULED_MIN_REPLICAS": "2 Mon-Sun 00:00-24:00 Asia/Nowhere"}
+    assert "SCHEDULED_MIN_REPLICAS" in image.scaler(environ={**settings, **wrong}).stdout
 
 
 def test_the_image_tells_its_version_and_its_settings(image: Image) -> None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from tests.e2e.kubectl import (
@@ -544,6 +545,10 @@ def set_up(namespaces: list[str]) -> None:
     kubectl("apply", "-n", namespaces[0], "-f", "-", stdin=rbac(namespaces[0]))
     for namespace in namespaces:
         kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(bystanders()))
+    # More writers than the API server keeps apart: from here on it merges their entries.
+    for number in range(9):
+        kubectl("label", "deployment", NAME, "-n", namespaces[0], f"writer-{number}=x",
+                f"--field-manager=writer-{number}")  # fmt: skip
 
 
 def in_force(scaler: Account, namespace: str) -> bool:
@@ -575,8 +580,8 @@ def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
     pod = own_pod(here)
     before = state([*namespaces], pod)
     strange = own_pod(here, OTHER)
-    mark = Act("another Deployment's pod: mark", "PATCH", f"{paths(here)[1]}/pods/{strange}{MANAGER}",
-               annotate(**{COST: "-9"}))  # fmt: skip
+    path = f"{paths(here)[1]}/pods/{strange}{MANAGER}"
+    mark = Act("another Deployment's pod: mark", "PATCH", path, annotate(**{COST: "-9"}))
     for act in [*acts(here, namespaces[1], pod), mark]:
         answer = tried(scaler, act)
         problem = None if answer.status == 403 else f"{answer.status} {answer.message}"
@@ -617,7 +622,7 @@ def try_wide_role(checks: Checks, scaler: Account, namespaces: list[str]) -> Non
     secret = f"{paths(here)[1]}/secrets/{OTHER}"
     eventually(lambda: scaler.ask("GET", secret).status == 200, 30, "the wider Role")
     within = f"/namespaces/{here}/"
-    for act in acts(*namespaces[:2], own_pod(here)):
+    for act in acts(here, namespaces[1], own_pod(here)):
         if act.method == "GET" or within not in act.path or act.what in OPENED:
             continue
         answer = tried(scaler, act)
@@ -642,12 +647,12 @@ def try_names(checks: Checks, namespace: str) -> None:
         with account(f"system:serviceaccount:{namespace}:{name}") as someone:
             path = f"{paths(namespace)[0]}/{NAME}?dryRun=All"
 
-            def answered(path: str = path, someone: Account = someone, ours: bool = ours) -> bool:
+            def answered(path: str = path, someone: Account = someone, ours: bool = ours) -> str:
                 answer = someone.ask("PATCH", path, label)
-                return by_guardrails(answer) if ours else answer.status == 200
+                right = by_guardrails(answer) if ours else answer.status == 200
+                return ("restricted" if ours else "left alone") if right else ""
 
-            said = "restricted" if ours else "left alone"
-            checks.that(f"{name} is {said}", lambda said=said: str(eventually(answered, 15, said)))
+            checks.that(f"the account {name}", partial(eventually, answered, 15, name))
 
 
 def no_type_warnings() -> str:
