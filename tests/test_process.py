@@ -15,7 +15,7 @@ import pytest
 
 from scaler import ANNOTATION
 from tests.fakes.firestore import FakeFirestore
-from tests.fakes.kubernetes import Hang, Match
+from tests.fakes.kubernetes import Match, hang
 from tests.world import World
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_sigterm_ends_a_run_that_cannot_write_its_line(
 ) -> None:
     arrived = threading.Event()
     process.cluster.hook(READ, lambda _: arrived.set())
-    process.cluster.fault(READ, Hang(), times=None)
+    process.cluster.fault(READ, hang(), times=None)
     run = start(process, unwritable)
     assert arrived.wait(30)
     begun = time.monotonic()
