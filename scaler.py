@@ -1195,11 +1195,12 @@ class JobQueue:
 
         def once() -> T:
             self._run.enter(doing, "QueueUnavailable")
+            started = time.monotonic()
             try:
                 answer = question(conditions, deadline.for_call())
             except (GoogleAPIError, GoogleAuthError) as error:
                 raise queue_failure(doing, error) from error
-            LOG.debug("%s: %s", doing, answer)
+            LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
             return answer
 
         return retrying(deadline, "transient")(once)
@@ -1500,6 +1501,7 @@ class Cluster:
         group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
         path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        started = time.monotonic()
         try:
             request = self._client.param_serialize(
                 method,
@@ -1519,7 +1521,8 @@ class Cluster:
             # From http.client; its text quotes the whole header.
             problem = "the credentials hold a character that no HTTP header can, such as a line end"
             raise ClusterFailure("Forbidden", problem, exit_code=2) from None
-        LOG.debug("%s %s: %d", method, path, response.status)
+        took = time.monotonic() - started
+        LOG.debug("%s %s: %d in %.3f s", method, path, response.status, took)
         if not 200 <= response.status < 300:
             raise self._refusal(doing, method, resource, response)
         try:

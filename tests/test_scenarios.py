@@ -144,12 +144,6 @@ def test_collection_groups_nested_paths_and_other_filters(emulated: World, jobs:
     assert high.record["waiting"] == 2, high
 
 
-def test_a_filter_that_cannot_be_sent_needs_a_person(emulated: World) -> None:
-    run = emulated.run(WAITING_FILTER=f'[["n", "==", {2**70}]]')
-    assert (run.exit_code, run.reason) == (2, "QueueUnavailable"), run
-    assert "WAITING_FILTER" in run.record["message"] and emulated.replicas == 1
-
-
 def test_an_event_tells_of_the_scale(emulated: World, jobs: Client) -> None:
     wait(jobs, 2)
     emulated.run()

@@ -14,6 +14,7 @@ import copy
 import json
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -549,6 +550,7 @@ def set_up(namespaces: list[str]) -> None:
     for number in range(9):
         kubectl("label", "deployment", NAME, "-n", namespaces[0], f"writer-{number}=x",
                 f"--field-manager=writer-{number}")  # fmt: skip
+    time.sleep(1.1)  # their times are in seconds, and the scaler's own has to be the newest
 
 
 def in_force(scaler: Account, namespace: str) -> bool:
