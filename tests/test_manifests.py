@@ -410,7 +410,7 @@ def test_everything_in_an_overlay_is_about_its_own_deployment(beside: Path, name
     assert spec["serviceAccountName"] == built["ServiceAccount"]["metadata"]["name"] == name
     variables = {each["name"]: each["value"] for each in spec["containers"][0]["env"]}
     assert variables == {**environment(), "DEPLOYMENT": "thumbnails"}
-    assert spec["containers"][0]["image"] == "registry.example.com/queue-scaler:0.1.0"
+    assert spec["containers"][0]["image"] == "registry.example.com/queue-scaler:0.2.0"
     instance = {"app": "queue-scaler", "app.kubernetes.io/instance": "thumbnails"}
     job = built["CronJob"]["spec"]["jobTemplate"]
     for each in (built["CronJob"], job, job["spec"]["template"]):
