@@ -1256,8 +1256,8 @@ REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
     403: (
         "Forbidden",
         2,
-        "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has to "
-        "allow {verb} on {resource} (rbac.yaml), if no admission policy refused it "
+        "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} "
+        "has to allow {verb} on {resource} (rbac.yaml), if no admission policy refused it "
         "(guardrails.yaml)",
     ),
     404: ("DeploymentNotFound", 2, "; check DEPLOYMENT and NAMESPACE"),
