@@ -83,8 +83,9 @@ LOG = logging.getLogger("queue-scaler")
 class Failure(Exception):
     """Why a look ends without the change it wanted: a reason, a sentence for people, an exit code.
 
-    `transient` marks what can get better by itself and is tried again before the deadline, not
-    before `retry_after` seconds have passed.
+    `transient`: it can get better by itself, and is tried again before the deadline, not before
+    `retry_after` seconds have passed. `status` is the API server's HTTP status, 0 for none.
+    `read_again`: the Deployment changed since it was read, or may have been changed by us.
     """
 
     def __init__(
@@ -92,9 +93,8 @@ class Failure(Exception):
     ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        self.exit_code = exit_code
-        self.transient = transient
-        self.retry_after = 0.0
+        self.exit_code, self.transient, self.read_again = exit_code, transient, False
+        self.status, self.retry_after = 0, 0.0
 
 
 class QueueFailure(Failure):
@@ -102,24 +102,16 @@ class QueueFailure(Failure):
 
 
 class ClusterFailure(Failure):
-    """The API server did not do what was asked; `status` is its HTTP status, 0 for none.
-
-    `read_again`: the Deployment changed since it was read (409), or may have been changed by us.
-    """
-
-    status = 0
-    read_again = False
+    """The API server did not do what was asked."""
 
 
 # ---------------------------------------------------------------------------------- settings
 
 Filter = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
-OPERATORS = {
-    **{op: op for op in ("==", "!=", "<", "<=", ">", ">=", "in", "not-in")},
-    # The web and the Python clients spell these two differently; people copy from both.
-    **{op: op.replace("-", "_") for op in ("array-contains", "array-contains-any")},
-    **{op: op for op in ("array_contains", "array_contains_any")},
-}
+OPERATORS = {op: op for op in ("==", "!=", "<", "<=", ">", ">=", "in", "not-in")}
+for array_op in ("array_contains", "array_contains_any"):
+    # The web's spelling, and the Python client's; people copy from both.
+    OPERATORS |= {array_op.replace("_", "-"): array_op, array_op: array_op}
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 MAP_DEPTH = 20  # how deep Firestore lets values be nested
 
@@ -153,6 +145,8 @@ def bounded_integer(least: int, most: int, unit: str) -> Callable[[str], int]:
 SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
 NAME = r"[^\s.`](?:[^.`]*[^\s.`])?"  # of a field; a space around it would match nothing, for ever
 QUOTED_NAME = r"(?:[A-Za-z_][A-Za-z_0-9]*|`(?:[^`\\]|\\.)+`)"  # as the API takes it
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
 
 non_empty = matching(r"(?s).+", "a name, not an empty one")
 object_name = matching(
@@ -160,7 +154,7 @@ object_name = matching(
     "a Kubernetes name: lower-case letters, digits, '-' and '.'",
 )
 collection = matching(
-    rf"{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*",
+    rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
     "a collection path such as jobs or tenants/acme/jobs: an odd number of segments, none of them "
     "empty, no space around one",
 )
@@ -169,14 +163,19 @@ field_path = matching(
     "the name of a field, such as status or worker.pod, with no empty part and no space around one",
 )
 step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
+truth = matching("(?i)true|false", "true or false")
 replica_count = bounded_integer(0, INT32_MAX, "pods")
 positive = bounded_integer(1, INT32_MAX, "pods or jobs")
 seconds = bounded_integer(0, 31_536_000, "seconds")
 window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
+day_range = matching(rf"(?i)({DAY})(-({DAY}))?", "a day or a range of days, as Sat or Mon-Fri")
+time_range = matching(
+    rf"({TIME})-(?!\1)(24:00|{TIME})", "hours from 00:00 to 24:00, as 07:30-20:00"
+)
 
 
 def boolean(raw: str) -> bool:
-    return matching(r"(?i)true|false", "true or false")(raw).lower() == "true"
+    return truth(raw).lower() == "true"
 
 
 def filters(raw: str) -> tuple[Filter, ...]:
@@ -241,31 +240,11 @@ class ScheduledMinimum:
 
     def in_force(self, now: datetime) -> bool:
         local = now.astimezone(self.timezone)
-        minute, today = local.hour * 60 + local.minute, local.weekday()
-        if self.begin < self.end:
-            return today in self.days and self.begin <= minute < self.end
-        day = today if minute >= self.begin else (today - 1) % 7
-        return day in self.days and not self.end <= minute < self.begin
-
-
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-
-
-def weekdays(word: str) -> frozenset[int]:
-    day = f"({'|'.join(WEEKDAYS)})"
-    matching(f"{day}(-{day})?", "a day or a range of days, as Sat or Mon-Fri")(word.lower())
-    first, _, last = word.lower().partition("-")
-    begin, end = WEEKDAYS.index(first), WEEKDAYS.index(last or first)
-    return frozenset((begin + number) % 7 for number in range((end - begin) % 7 + 1))
-
-
-def day_minutes(word: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d\d):([0-5]\d)-(\d\d):([0-5]\d)", word)
-    hours = [int(number) for number in match.groups()] if match else [24, 0, 24, 0]
-    begin, end = hours[0] * 60 + hours[1], hours[2] * 60 + hours[3]
-    if begin >= 24 * 60 or end > 24 * 60 or begin == end:
-        raise ValueError("expected hours from 00:00 to 24:00, as 07:30-20:00")
-    return begin, end
+        minute, past_midnight = local.hour * 60 + local.minute, self.end < self.begin
+        day = (local.weekday() - (past_midnight and minute < self.end)) % 7
+        outside = self.end <= minute < self.begin
+        inside = not outside if past_midnight else self.begin <= minute < self.end
+        return day in self.days and inside
 
 
 def time_zone(name: str) -> tzinfo:
@@ -284,19 +263,20 @@ def scheduled_minimums(raw: str) -> tuple[ScheduledMinimum, ...]:
 
 
 def scheduled_minimum(part: str) -> ScheduledMinimum:
-    words = part.split()
-    parsers: list[Callable[[str], Any]] = [replica_count, weekdays, day_minutes, time_zone]
+    words, parsers = part.split(), (replica_count, day_range, time_range, time_zone)
     if len(words) != len(parsers):
         form = "expected PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
         raise ValueError(f"{quoted(part)}: {form}")
-    values: list[Any] = []
     for word, parse in zip(words, parsers, strict=True):
         try:
-            values.append(parse(word))
+            parse(word)
         except ValueError as error:
             raise ValueError(f"{quoted(part)}: {quoted(word)}: {error}") from None
-    replicas, days, (begin, end), timezone = values
-    return ScheduledMinimum(" ".join(words), replicas, days, begin, end, timezone)
+    first, _, last = words[1].lower().partition("-")
+    since, until = WEEKDAYS.index(first), WEEKDAYS.index(last or first)
+    week = frozenset((since + number) % 7 for number in range((until - since) % 7 + 1))
+    begin, end = (int(time[:2]) * 60 + int(time[3:]) for time in words[2].split("-"))
+    return ScheduledMinimum(" ".join(words), int(words[0]), week, begin, end, time_zone(words[3]))
 
 
 REQUIRED = "required"
@@ -325,14 +305,13 @@ class Settings:
         non_empty, None, "Google Cloud project", "from the credentials")
     firestore_database: str = setting(non_empty, "(default)", "database id")
     queue_collection: str = setting(
-        lambda raw: collection(raw.strip("/")), None,
+        lambda raw: collection(raw).strip("/"), None,
         "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
     queue_collection_group: bool = setting(
         boolean, "false", "true: count every collection of that id, wherever it lies")
     waiting_filter: tuple[Filter, ...] = setting(
-        filters, '[["status", "==", "waiting"]]',
-        "JSON list of Firestore filters [field, op, value], all of which a waiting job meets; "
-        "[] counts every document")
+        filters, '[["status", "==", "waiting"]]', "JSON list of Firestore filters "
+        "[field, op, value], all of which a waiting job meets; [] counts every document")
     busy_filter: tuple[Filter, ...] | None = setting(
         filters, None, "the same for a job that a pod is working on", "unset: not busy-aware")
     busy_pod_field: str = setting(
@@ -341,9 +320,8 @@ class Settings:
         replica_count, "1", "lower end of the range, in pods; 0 scales to zero")
     max_replicas: int = setting(positive, "3", "upper end of the range, in pods")
     scheduled_min_replicas: tuple[ScheduledMinimum, ...] | None = setting(
-        scheduled_minimums, None,
-        "hours with a higher minimum, separated by ;, each PODS DAYS HOURS TIMEZONE, such as "
-        "5 Mon-Fri 07:30-20:00 Asia/Seoul", "unset")
+        scheduled_minimums, None, "hours with a higher minimum, separated by ;, each "
+        "PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul", "unset")
     jobs_per_pod: int = setting(positive, "1", "target jobs a pod, waiting and busy together")
     scale_up_cooldown_seconds: int = setting(
         seconds, "120", "least time from a scale-up to the next scale-up")
@@ -378,9 +356,8 @@ class Settings:
         matching("(?i)text|json", "text or json"), "text",
         "json: one JSON object a line, with severity and message as Cloud Logging reads them")
     termination_log: str = setting(
-        non_empty, "/dev/termination-log",
-        "where the result record goes; the default is written only where it exists (in a pod), "
-        "a path that was set is created")
+        non_empty, "/dev/termination-log", "where the result record goes; the default is written "
+        "only where it exists (in a pod), a path that was set is created")
     # fmt: on
 
     @property
@@ -429,24 +406,23 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     """The mistakes that show only when settings are held against each other. `values` lacks those
     that could not be parsed."""
-    highest, timeout = values.get("max_replicas"), values.get("timeout_seconds")
+    most, timeout = values.get("max_replicas"), values.get("timeout_seconds")
     counts = [(name, values.get(name.lower())) for name in ("MIN_REPLICAS", "FALLBACK_REPLICAS")]
     for hours in values.get("scheduled_min_replicas") or ():
         counts.append((f"SCHEDULED_MIN_REPLICAS: {hours.text!r}: PODS", hours.replicas))
     for name, count in counts:
-        if count is not None and highest is not None and count > highest:
-            yield f"{name}='{count}': expected no more than MAX_REPLICAS, which is '{highest}'"
+        if count is not None and most is not None and count > most:
+            yield f"{name}='{count}': expected no more than MAX_REPLICAS, which is '{most}'"
     interval = values.get("polling_interval_seconds")
     if interval is not None and timeout is not None and not 1 <= interval < timeout:
-        yield (
-            f"POLLING_INTERVAL_SECONDS='{interval}': expected 1 or more, and less than "
-            f"TIMEOUT_SECONDS, which is '{timeout}'"
-        )
+        expected = f"1 or more, and less than TIMEOUT_SECONDS, which is '{timeout}'"
+        yield f"POLLING_INTERVAL_SECONDS='{interval}': expected {expected}"
     path = values.get("queue_collection") or ""
     if values.get("queue_collection_group") and "/" in path:
+        expected = f"the bare id of the collections, such as {path.rsplit('/', 1)[-1]}"
         yield (
-            f"QUEUE_COLLECTION={quoted(path)}: expected the bare id of the collections, such as "
-            f"{path.rsplit('/', 1)[-1]}, where QUEUE_COLLECTION_GROUP is true"
+            f"QUEUE_COLLECTION={quoted(path)}: expected {expected}, where "
+            "QUEUE_COLLECTION_GROUP is true"
         )
     if any(op == "not-in" for _, op, _ in values.get("busy_filter") or ()):
         yield (
@@ -464,12 +440,6 @@ def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
             letters, wanted = Counter(name.upper()), Counter(known)
             if ((letters - wanted) + (wanted - letters)).total() <= 2:
                 yield f"{name} is not a variable of the scaler: is {known} meant?"
-
-
-def settings_table() -> str:
-    """The table that `--help` prints, one variable a line."""
-    rows = [(f.name.upper(), f.metadata["shown"], f.metadata["meaning"]) for f in fields(Settings)]
-    return "\n".join(f"  {name}\n      {meaning} [{shown}]" for name, shown, meaning in rows)
 
 
 # ---------------------------------------------------------------------------------- decision
@@ -624,10 +594,9 @@ def parse_state(
         try:
             if name not in rolled_back:
                 return parse(annotations[name])
-            warnings.append(
-                f"{shown} came back with a kubectl rollout undo, and is not carried out"
-                + ("; delete it, and set it again if it is meant" if name in PAUSES else "")
-            )
+            advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
+            undone = "came back with a kubectl rollout undo, and is not carried out"
+            warnings.append(f"{shown} {undone}{advice}")
         except ValueError as error:
             warnings.append(f"{shown} is {error}")
         return None
@@ -696,10 +665,8 @@ def conclude(inputs: Inputs, ruling: int | Hold, reason: Reason, why: str) -> De
     if number != current:
         done = f"scaled {'up' if number > current else 'down'} from {current} to {pods(number)}"
     # Failures of the queue count in a row: a look that does without it breaks the row.
-    annotations = {FAILING_SINCE: None}
-    return Decision(
-        number, reason, f"{why}; {done}", current, queue=inputs.queue, annotations=annotations
-    )
+    kept = {FAILING_SINCE: None}
+    return Decision(number, reason, f"{why}; {done}", current, None, inputs.queue, kept)
 
 
 def paused(settings: Settings, inputs: Inputs) -> Decision | None:
@@ -724,11 +691,11 @@ def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
 
 def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
     """Rule 3: back into the range at once, as the HPA does it; busy pods stay protected."""
-    bound, limit = settings.minimum(inputs.now)
     reason: Reason = "TooFewReplicas"
+    bound, limit = settings.minimum(inputs.now)
     if inputs.current > settings.max_replicas:
-        bound, limit = settings.max_replicas, f"MAX_REPLICAS={settings.max_replicas}"
-        reason = "TooManyReplicas"
+        bound, reason = settings.max_replicas, "TooManyReplicas"
+        limit = f"MAX_REPLICAS={bound}"
     elif inputs.current >= bound:
         return None
     ruling = apply_rules((paused_direction, leave_busy_pods), settings, inputs, bound)
@@ -757,8 +724,7 @@ def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
     if desired != inputs.current:
         rules = (paused_direction, stabilize, limit_step, leave_busy_pods, cool_down)
         ruling = apply_rules(rules, settings, inputs, desired)
-    reason: Reason = "ScaledUp" if desired > inputs.current else "ScaledDown"
-    decision = conclude(inputs, ruling, reason, why)
+    decision = conclude(inputs, ruling, named(inputs, desired, "ScaledUp", "ScaledDown"), why)
     history = None
     if isinstance(paused_direction(settings, inputs, desired), int):
         history = write_history(new_history(settings, inputs, desired, decision.change))
@@ -780,17 +746,23 @@ def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     return desired, f"{queue}: {pods(desired)} wanted{bound}"
 
 
+def named(inputs: Inputs, target: int, up: Reason, down: Reason) -> Reason:
+    """The reason of the direction in which a target lies."""
+    return up if target > inputs.current else down
+
+
+def switched(inputs: Inputs, target: int, until: str = "") -> Hold:
+    """A direction that is switched off."""
+    reason = named(inputs, target, "ScaleUpDisabled", "ScaleDownDisabled")
+    way = "up" if target > inputs.current else "down"
+    return reason, f", as scale-{way} is switched off{until}"
+
+
 def paused_direction(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     """Rule 1, the forms that switch a direction off."""
-    up, state = target > inputs.current, inputs.state
-    off = state.paused_scale_out if up else state.paused_scale_in
-    return disabled(up, state.until) if off else target
-
-
-def disabled(up: bool, until: str = "") -> Hold:
-    if up:
-        return "ScaleUpDisabled", f", as scale-up is switched off{until}"
-    return "ScaleDownDisabled", f", as scale-down is switched off{until}"
+    state = inputs.state
+    off = state.paused_scale_out if target > inputs.current else state.paused_scale_in
+    return switched(inputs, target, state.until) if off else target
 
 
 def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
@@ -807,11 +779,9 @@ def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
         return stable
     newest = max(at for at, n in entries if (n <= current if up else n >= current))
     left = newest + window - int(inputs.now.timestamp())
-    if up:
-        because = f" for {left} s more (SCALE_UP_STABILIZATION_SECONDS={window})"
-        return "ScaleUpStabilized", because
-    because = f" for {left} s more (SCALE_DOWN_STABILIZATION_SECONDS={window})"
-    return "ScaleDownStabilized", because
+    variable = f"SCALE_{'UP' if up else 'DOWN'}_STABILIZATION_SECONDS"
+    reason = named(inputs, target, "ScaleUpStabilized", "ScaleDownStabilized")
+    return reason, f" for {left} s more ({variable}={window})"
 
 
 # Looks at most this far apart, in seconds, are in a row: one run a minute, and one that is missed.
@@ -862,7 +832,7 @@ def limit_step(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
         return target
     size = int(limit.rstrip("%"))
     if size == 0:
-        return disabled(up)
+        return switched(inputs, target)
     if up:
         most = math.ceil(current * (1 + size / 100)) if "%" in limit else current + size
         return min(target, max(most, current + 1))
@@ -923,29 +893,24 @@ def cool_down(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     left = math.ceil(cooldown - (inputs.now - last).total_seconds())
     if left <= 0:
         return target
-    since = f"_COOLDOWN_SECONDS={cooldown} since {write_time(last)}"
-    if up:
-        return "ScaleUpCooldown", f" for {left} s more (SCALE_UP{since})"
-    return "ScaleDownCooldown", f" for {left} s more (SCALE_DOWN{since})"
+    variable = f"SCALE_{'UP' if up else 'DOWN'}_COOLDOWN_SECONDS"
+    reason = named(inputs, target, "ScaleUpCooldown", "ScaleDownCooldown")
+    return reason, f" for {left} s more ({variable}={cooldown} since {write_time(last)})"
 
 
 def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> Decision:
     """What an unreadable queue leads to: the replicas stay, or after a while go up to the
     fallback. They never go down, and the fallback does not act against a person's number."""
-    current, fallback, since = (
-        inputs.current,
-        settings.fallback_replicas,
-        inputs.state.failing_since,
-    )
-    stays = f"{problem}; stays at {pods(current)}"
+    current, fallback = inputs.current, settings.fallback_replicas
+    stays, ordered = f"{problem}; stays at {pods(current)}", inputs.state.paused_replicas
     held = Decision(current, problem.reason, stays, current, exit_code=problem.exit_code)
-    ordered = inputs.state.paused_replicas
     if override(settings, inputs):
         waits = "" if ordered is None else f"; {PAUSED_REPLICAS}={ordered} waits"
         because = ", as busy pods cannot be told from idle ones"
         return replace(held, message=f"{stays}{because}{waits}")
     if fallback is None:
         return held
+    since = inputs.state.failing_since
     if since is None:
         since = inputs.now
         held = replace(held, annotations={FAILING_SINCE: write_time(since)})
@@ -962,38 +927,23 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     return replace(held, replicas=found.replicas, reason="Fallback", message=found.message)
 
 
-# ------------------------------------------------------------------------- one run, its time
+# --------------------------------------------------------------- one run: its time, its report
 
-
-@dataclass(frozen=True)
-class Deadline:
-    """When a look has to be over, in seconds of the monotonic clock. One call gets at most
-    `call_seconds`, so that one that is never answered can be tried again."""
-
-    at: float
-    call_seconds: float
-
-    def left(self) -> float:
-        return self.at - time.monotonic()
-
-    def for_call(self) -> float:
-        """Seconds for one call. Never 0, which the clients would read as no limit."""
-        return max(0.05, min(self.call_seconds, self.left()))
-
-    def one_call_earlier(self) -> Deadline:
-        """For the queue, and for reading again: the time of one call is left for what comes
-        after, such as the patch of a fallback."""
-        return replace(self, at=self.at - self.call_seconds)
+RECORD_BYTES = 4095
+DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+SECRETS = re.compile(
+    r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
+)
 
 
 @dataclass
 class Run:
     """One run: where it comes from, how far it has come, and what has been told of it.
 
-    `started` is on the monotonic clock. Of the present look, `current` is the number of pods that
-    it has read; `in_doubt` is true while a patch may or may not have reached the Deployment;
-    `done` is what it has done already, whatever fails after that. `told` is what the last line
-    said, `resting` is true between two looks. Whoever reports holds `reporting`.
+    `started` is on the monotonic clock, in seconds. Of the present look, `current` is the number
+    of pods that it has read; `in_doubt` is true while a patch may or may not have reached the
+    Deployment; `done` is what it has done already, whatever fails after that. `told` is what the
+    last line said, `resting` is true between two looks. Whoever reports holds `reporting`.
     """
 
     environ: Mapping[str, str]
@@ -1003,7 +953,8 @@ class Run:
     begun: datetime = field(init=False)
     interval: int | None = None
     namespace: str | None = None
-    deadline: Deadline = Deadline(0, 0)
+    deadline: float = 0.0
+    call_seconds: float = 0.0
     stage: str = "reading the settings"
     stage_reason: Reason = "ClusterUnavailable"
     current: int | None = None
@@ -1013,8 +964,8 @@ class Run:
     last: Decision | None = None
     last_scale: Decision | None = None
     told: Decision | None = None
-    seconds: float = 0.0
     resting: bool = False
+    seconds: float = 0.0
     exit_code: int | None = None
     reporting: threading.Lock = field(default_factory=threading.Lock)
 
@@ -1028,12 +979,22 @@ class Run:
         return self.begun + timedelta(seconds=max(0, passed))
 
     def begin_look(self, end: float) -> None:
-        """A look ends with the run or, where others follow, after an interval; but one has 5 s."""
+        """A look ends with the run or, where others follow, after an interval; but one has 5 s.
+        One call gets a third of it, so that one that is never answered can be tried again."""
         now = time.monotonic()
         if self.interval is not None:
             end = min(end, now + max(5, self.interval))
-        self.deadline = Deadline(end, call_seconds=min(10.0, (end - now) / 3))
+        self.deadline, self.call_seconds = end, min(10.0, (end - now) / 3)
         self.current, self.in_doubt, self.done = None, False, None
+
+    def left(self, reserve: bool = False) -> float:
+        """Seconds until the look's deadline. The queue, and reading again, keep the time of one
+        call in reserve for what comes after, such as the patch of a fallback."""
+        return self.deadline - time.monotonic() - (self.call_seconds if reserve else 0)
+
+    def for_call(self, reserve: bool = False) -> float:
+        """Seconds for one call. Never 0, which the clients would read as no limit."""
+        return max(0.05, min(self.call_seconds, self.left(reserve)))
 
     def enter(self, stage: str, reason: Reason) -> None:
         """Say what the run is about to wait for, and the reason it ends with if that fails."""
@@ -1049,8 +1010,121 @@ class Run:
         reason = reason or self.stage_reason
         return Decision(replicas, reason, why, self.current, exit_code=exit_code)
 
+    def tell(self, decision: Decision) -> None:
+        """Note how a look ended, and log its line where it has something new to say."""
+        self.seconds = round(time.monotonic() - self.started, 3)
+        scales = decision.change != 0 and not self.dry_run
+        told, self.told = self.told, replace(decision, message="", annotations={})
+        self.looks, self.last = self.looks + 1, decision
+        self.last_scale = decision if scales else self.last_scale
+        if self.told == told and not scales:
+            return
+        for warning in decision.warnings:
+            LOG.warning("%s", warning)
+        record = self.record(decision)
+        level = {0: logging.INFO, 1: logging.WARNING}.get(decision.exit_code, logging.ERROR)
+        target = "/".join(filter(None, (record["namespace"], record["deployment"])))
+        line = f"{target} {decision.reason}: {decision.message}".strip()
+        LOG.log(level, "%s", line, extra={"record": record})
 
-def retrying(deadline: Deadline, flag: Literal["transient", "read_again"]) -> Retrying:
+    def record(self, decision: Decision) -> dict[str, Any]:
+        """The result record of a decision."""
+        queue, change = decision.queue, decision.change
+        record = {
+            "time": write_time(self.now()),
+            "namespace": self.namespace or self._name_in("NAMESPACE"),
+            "deployment": self._name_in("DEPLOYMENT"),
+            "waiting": queue.waiting if queue else None,
+            "waitingCapped": bool(queue and queue.capped),
+            "busy": queue.busy if queue else None,
+            "current": decision.current,
+            "desired": decision.desired,
+            "replicas": decision.current if self.dry_run else decision.replicas,
+            "action": "scale-up" if change > 0 else "scale-down" if change < 0 else "none",
+            "reason": decision.reason,
+            "message": scrub(decision.message),
+            "dryRun": self.dry_run,
+            "durationSeconds": self.seconds,
+        }
+        return record if self.interval is None else {**record, "looks": self.looks}
+
+    def _name_in(self, variable: str) -> str | None:
+        """A name as it was set, right or wrong, in a form that fits into a line."""
+        value = self.environ.get(variable)
+        return None if value is None else one_line(value.encode(errors="replace").decode(), 253)
+
+    def end(self, why: str = "") -> int:
+        """Write the result record: the last look's if that failed, else the last one's that
+        scaled, else the last one's. Returns the exit code."""
+        assert self.last is not None, "a run has a look"
+        told = self.last if self.last.exit_code else self.last_scale or self.last
+        record = self.record(replace(told, message=told.message + why))
+        path = Path(self.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
+        try:
+            if str(path) != DEFAULT_TERMINATION_LOG or path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encode_record(record))
+        except OSError as error:
+            LOG.warning("the result record was not written: %s", error)
+        return self.last.exit_code
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """JSON of less than the 4,096 bytes that the kubelet keeps; the message gives way."""
+    message = str(record["message"])
+    while True:
+        shown = json.dumps({**record, "message": message}, ensure_ascii=False)
+        data = shown.encode(errors="replace")
+        if len(data) <= RECORD_BYTES or not message:
+            return data
+        message = message[: len(message) * 3 // 4]
+
+
+def scrub(message: str) -> str:
+    """Without tokens and keys, which errors of libraries and answers of proxies may quote."""
+    return SECRETS.sub("[removed]", message)
+
+
+def one_line(error: object, most: int = 1200) -> str:
+    """An error of a library, or a name, in one line of so many characters at most."""
+    line = " ".join(scrub(str(error)).split()) or type(error).__name__
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+class LineFormatter(logging.Formatter):
+    """One line an entry: for people, or as a JSON object in the terms of Cloud Logging."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = write_time(datetime.fromtimestamp(record.created, UTC))
+        message = scrub(f"AutoScaler {record.getMessage()}")
+        if not self._as_json:
+            return f"{when} {record.levelname} {message}"
+        extra: Mapping[str, Any] = getattr(record, "record", {})
+        entry = {"time": when, **extra, "severity": record.levelname, "message": message}
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def set_up_logging(environ: Mapping[str, str]) -> None:
+    """A level or format that is not accepted is reported with the other settings, by a logger
+    that has the defaults."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(LineFormatter(environ.get("LOG_FORMAT", "").strip().lower() == "json"))
+    LOG.handlers[:] = [handler]
+    LOG.propagate = False
+    # A line that cannot be written is lost; it does not keep the run from its work.
+    logging.raiseExceptions = False
+    if not logging.getLogger().handlers:
+        # Else Python prints what libraries log: a login helper's output, for one.
+        logging.getLogger().addHandler(logging.NullHandler())
+    level = environ.get("LOG_LEVEL", "").strip().upper()
+    LOG.setLevel(level if level in ("DEBUG", "WARNING", "ERROR") else "INFO")
+
+
+def retrying(run: Run, flag: str, reserve: bool = False) -> Retrying:
     """Tries again after failures with that flag, with growing, jittered pauses, or the server's
     Retry-After where that is longer, as long as the next try still begins before the deadline."""
     from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
@@ -1064,15 +1138,9 @@ def retrying(deadline: Deadline, flag: Literal["transient", "read_again"]) -> Re
     return Retrying(
         retry=retry_if_exception(lambda error: bool(getattr(error, flag, False))),
         wait=pause,
-        stop=stop_before_delay(max(0.0, deadline.left())),
+        stop=stop_before_delay(max(0.0, run.left(reserve))),
         reraise=True,
     )
-
-
-def one_line(error: object) -> str:
-    """An error of a library in one line."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 1200 else line[:1197] + "..."
 
 
 # ------------------------------------------------------------------------------------- queue
@@ -1104,7 +1172,8 @@ def queue_failure(doing: str, error: Exception) -> QueueFailure:
 
 class JobQueue:
     """The Firestore collection that holds the jobs. Its client is opened when it is first asked
-    something, so that nothing of Google's is waited for before the Deployment was read."""
+    something, so that nothing of Google's is waited for before the Deployment was read. Every
+    public method raises QueueFailure."""
 
     def __init__(self, settings: Settings, run: Run) -> None:
         self._settings, self._run = settings, run
@@ -1112,7 +1181,7 @@ class JobQueue:
 
     def count(self, pod_names: Sequence[str] | None) -> QueueLength:
         """Count the waiting jobs and, given the live pods' names, right after it their busy jobs:
-        a job claimed between the two counts twice, which costs no pod. Raises QueueFailure."""
+        a job claimed between the two counts twice, which costs no pod."""
         waiting = self._ask("counting waiting jobs", self._count, self._settings.waiting_filter)
         capped = waiting >= self._settings.count_limit
         if pod_names is None:
@@ -1122,7 +1191,7 @@ class JobQueue:
         return QueueLength(waiting, capped, busy)
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
-        """Which of these pods hold a busy job. Raises QueueFailure."""
+        """Which of these pods hold a busy job."""
         doing, batches = "reading which pods are busy", self._busy_filters(pod_names)
         return {name for batch in batches for name in self._ask(doing, self._pods_of, batch)}
 
@@ -1136,33 +1205,29 @@ class JobQueue:
             names = list(pod_names[start : start + batch])
             yield [*conditions, (self._settings.busy_pod_field, "in", names)]
 
-    def _open(self) -> Client:
-        """The client, from a thread of its own: looking for credentials asks Google's metadata
-        server, which may accept and never answer, and no timeout covers that. Raises QueueFailure.
-        """
-        from concurrent.futures import ThreadPoolExecutor
+    def _ask(
+        self,
+        doing: str,
+        question: Callable[[Sequence[Filter], float], T],
+        conditions: Sequence[Filter],
+    ) -> T:
+        """Put a question, with retries; its last argument is a timeout in seconds."""
+        # Before the first count, and not between the two, which belong to one moment.
+        self._open()
+        from google.api_core.exceptions import GoogleAPIError
+        from google.auth.exceptions import GoogleAuthError
 
-        if self._opening is None:
-            self._run.enter("looking for Google credentials", "QueueUnavailable")
-            self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
-        try:
-            return self._opening.result(max(0.05, self._run.deadline.one_call_earlier().left()))
-        except TimeoutError:
-            problem = "Google's metadata server did not answer while looking for credentials"
-            raise QueueFailure("QueueUnavailable", problem) from None
-        except QueueFailure:
-            self._opening = None  # for the next look
-            raise
+        def once() -> T:
+            self._run.enter(doing, "QueueUnavailable")
+            started = time.monotonic()
+            try:
+                answer = question(conditions, self._run.for_call(reserve=True))
+            except (GoogleAPIError, GoogleAuthError) as error:
+                raise queue_failure(doing, error) from error
+            LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
+            return answer
 
-    def _where(self, conditions: Iterable[Filter]) -> Any:
-        from google.cloud.firestore import FieldFilter
-
-        client, path = self._open(), self._settings.queue_collection
-        by_group = self._settings.queue_collection_group
-        query: Any = client.collection_group(path) if by_group else client.collection(path)
-        for name, op, value in conditions:
-            query = query.where(filter=FieldFilter(api_field_path(name), op, value))
-        return query
+        return retrying(self._run, "transient", reserve=True)(once)
 
     def _count(self, conditions: Sequence[Filter], timeout: float) -> int:
         query = self._where(conditions).limit(self._settings.count_limit).count(alias="jobs")
@@ -1179,31 +1244,32 @@ class JobQueue:
         query = self._where(conditions).select([name])
         return {str(job.get(name)) for job in query.stream(retry=never(), timeout=timeout)}
 
-    def _ask(
-        self,
-        doing: str,
-        question: Callable[[Sequence[Filter], float], T],
-        conditions: Sequence[Filter],
-    ) -> T:
-        """Put a question, with retries; its last argument is a timeout in seconds."""
-        # Before the first count, and not between the two, which belong to one moment.
-        self._open()
-        from google.api_core.exceptions import GoogleAPIError
-        from google.auth.exceptions import GoogleAuthError
+    def _where(self, conditions: Iterable[Filter]) -> Any:
+        from google.cloud.firestore import FieldFilter
 
-        deadline = self._run.deadline.one_call_earlier()
+        client, path = self._open(), self._settings.queue_collection
+        by_group = self._settings.queue_collection_group
+        query: Any = client.collection_group(path) if by_group else client.collection(path)
+        for name, op, value in conditions:
+            query = query.where(filter=FieldFilter(api_field_path(name), op, value))
+        return query
 
-        def once() -> T:
-            self._run.enter(doing, "QueueUnavailable")
-            started = time.monotonic()
-            try:
-                answer = question(conditions, deadline.for_call())
-            except (GoogleAPIError, GoogleAuthError) as error:
-                raise queue_failure(doing, error) from error
-            LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
-            return answer
+    def _open(self) -> Client:
+        """The client, from a thread of its own: looking for credentials asks Google's metadata
+        server, which may accept and never answer, and no timeout covers that."""
+        from concurrent.futures import ThreadPoolExecutor
 
-        return retrying(deadline, "transient")(once)
+        if self._opening is None:
+            self._run.enter("looking for Google credentials", "QueueUnavailable")
+            self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
+        try:
+            return self._opening.result(max(0.05, self._run.left(reserve=True)))
+        except TimeoutError:
+            problem = "Google's metadata server did not answer while looking for credentials"
+            raise QueueFailure("QueueUnavailable", problem) from None
+        except QueueFailure:
+            self._opening = None  # for the next look
+            raise
 
 
 def api_field_path(name: str) -> str:
@@ -1248,25 +1314,25 @@ def open_firestore(settings: Settings) -> Client:
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PAGE = 500
 
-# What an HTTP status means: the reason, the exit code (1: it gets better by itself), and what to
-# do. A status that is not here counts as 400 or, from 500 on, as 500.
-REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
-    400: ("ClusterUnavailable", 2, ""),
-    401: ("Forbidden", 2, "; the credentials of the scaler are missing or expired"),
+# What an HTTP status means: the reason, whether it gets better by itself, and what to do. A status
+# that is not here counts as 400 or, from 500 on, as 500.
+REFUSALS: Mapping[int, tuple[Reason, bool, str]] = {
+    400: ("ClusterUnavailable", False, ""),
+    401: ("Forbidden", False, "; the credentials of the scaler are missing or expired"),
     403: (
         "Forbidden",
-        2,
+        False,
         "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} "
         "has to allow {verb} on {resource} (rbac.yaml), if no admission policy refused it "
         "(guardrails.yaml)",
     ),
-    404: ("DeploymentNotFound", 2, "; check DEPLOYMENT and NAMESPACE"),
-    408: ("ClusterUnavailable", 1, ""),
-    409: ("ClusterUnavailable", 1, ""),
-    410: ("ClusterUnavailable", 1, ""),  # a page of a list that is too old to go on with
-    422: ("Forbidden", 2, ""),  # an admission policy, or a number that the API does not take
-    429: ("ClusterUnavailable", 1, ""),
-    500: ("ClusterUnavailable", 1, ""),
+    404: ("DeploymentNotFound", False, "; check DEPLOYMENT and NAMESPACE"),
+    408: ("ClusterUnavailable", True, ""),
+    409: ("ClusterUnavailable", True, ""),
+    410: ("ClusterUnavailable", True, ""),  # a page of a list that is too old to go on with
+    422: ("Forbidden", False, ""),  # an admission policy, or a number that the API does not take
+    429: ("ClusterUnavailable", True, ""),
+    500: ("ClusterUnavailable", True, ""),
 }
 
 
@@ -1299,6 +1365,7 @@ def member(parent: Any, key: str, kind: type[T], default: T | None = None) -> T:
 
 
 def parse_deployment(answer: Any) -> Deployment:
+    """Raises ValueError, as each parser does, where the answer is not what the API has."""
     kind_is("Deployment", answer)
     metadata, spec = member(answer, "metadata", dict), member(answer, "spec", dict)
     annotations = member(metadata, "annotations", dict, {})
@@ -1373,13 +1440,10 @@ def selector_string(selector: Any) -> str:
         forms = {"In": f"{key} in ({values})", "NotIn": f"{key} notin ({values})"}
         forms |= {"Exists": key, "DoesNotExist": f"!{key}"}
         words.append(member(forms, member(one, "operator", str), str))
+    if not words:
+        # It would select every pod of the namespace; the API allows no such Deployment.
+        raise ValueError("the Deployment has no selector")
     return ",".join(words)
-
-
-def parse_pods(answer: Any, deployment: str) -> list[Pod]:
-    kind_is("PodList", answer)
-    found = (parse_pod(item, deployment) for item in member(answer, "items", list, []))
-    return [pod for pod in found if pod]
 
 
 def parse_pod(item: Any, deployment: str) -> Pod | None:
@@ -1423,43 +1487,30 @@ class Cluster:
         self._client = client
 
     def read_deployment(self) -> Deployment:
-        def once() -> Deployment:
-            doing = "reading the Deployment"
-            return self._call(doing, parse_deployment, "GET", "deployments", self.name)
-
-        return retrying(self.run.deadline, "transient")(once)
+        doing = "reading the Deployment"
+        return self._insist(doing, parse_deployment, "GET", "deployments", self.name)
 
     def live_pods(self, selector: str) -> list[Pod]:
         """The pods that the Deployment's ReplicaSets count."""
-        if not selector:
-            # It would select every pod of the namespace; the API allows no such Deployment.
-            raise ClusterFailure("ClusterUnavailable", "the Deployment came without a selector")
 
-        def parse(page: Any) -> tuple[list[Pod], str]:
-            token = member(member(page, "metadata", dict, {}), "continue", str, "")
-            return parse_pods(page, self.name), token
+        def parse(page: Any) -> tuple[list[Pod | None], str]:
+            kind_is("PodList", page)
+            found = [parse_pod(item, self.name) for item in member(page, "items", list, [])]
+            return found, member(member(page, "metadata", dict, {}), "continue", str, "")
 
-        def once() -> list[Pod]:
-            live: list[Pod] = []
-            query = {"labelSelector": selector, "limit": str(PAGE)}
-            while True:
-                page, token = self._call("listing the pods", parse, "GET", "pods", query=query)
-                live += page
-                if not token:
-                    return live
-                query["continue"] = token
-
-        return retrying(self.run.deadline, "transient")(once)
+        live: list[Pod] = []
+        query, token = {"labelSelector": selector, "limit": str(PAGE)}, "first"
+        while token:
+            page, token = self._insist("listing the pods", parse, "GET", "pods", query=query)
+            live += filter(None, page)
+            query["continue"] = token
+        return live
 
     def set_deletion_cost(self, pod: Pod, cost: int) -> bool:
         """False where the pod is gone."""
         body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
-
-        def once() -> Any:
-            return self._call("marking pods", dict, "PATCH", "pods", pod.name, body)
-
         try:
-            retrying(self.run.deadline, "transient")(once)
+            self._insist("marking pods", dict, "PATCH", "pods", pod.name, body)
         except ClusterFailure as failure:
             if failure.status == 404:
                 return False
@@ -1476,8 +1527,30 @@ class Cluster:
             failure.read_again = failure.transient
             raise
 
-    def post_event(self, event: Mapping[str, Any]) -> None:
+    def post_event(self, uid: str, when: str, decision: Decision) -> None:
+        """An Event of the kind that the HPA writes, on the Deployment with this uid."""
+        name, namespace = self.name, self.namespace
+        about = {"kind": "Deployment", "name": name, "namespace": namespace, "uid": uid}
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{name[:200]}.{os.urandom(8).hex()}", "namespace": namespace},
+            "involvedObject": {"apiVersion": "apps/v1", **about},
+            "type": "Normal",
+            "reason": "SuccessfulRescale",
+            "message": scrub(f"New size: {decision.replicas}; {decision.message}")[:1024],
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+            "reportingInstance": FIELD_MANAGER,
+            "firstTimestamp": when,
+            "lastTimestamp": when,
+            "count": 1,
+        }
         self._call("writing the Event", dict, "POST", "events", body=event)
+
+    def _insist(self, doing: str, parse: Callable[[Any], T], *call: Any, **more: Any) -> T:
+        """A call that is tried again while that can help."""
+        return retrying(self.run, "transient")(lambda: self._call(doing, parse, *call, **more))
 
     def _call(
         self,
@@ -1496,7 +1569,7 @@ class Cluster:
         from urllib3.exceptions import HTTPError
 
         self.run.enter(doing, "ClusterUnavailable")
-        if self.run.deadline.left() <= 0:
+        if self.run.left() <= 0:
             raise ClusterFailure("ClusterUnavailable", f"no time was left for {doing}")
         group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
         path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
@@ -1511,8 +1584,7 @@ class Cluster:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            timeout = self.run.deadline.for_call()
-            response = self._client.call_api(*request, _request_timeout=timeout)
+            response = self._client.call_api(*request, _request_timeout=self.run.for_call())
             content = response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
             problem = f"the API server did not answer while {doing}: {one_line(error)}"
@@ -1533,34 +1605,28 @@ class Cluster:
 
     def _refusal(self, doing: str, method: str, resource: str, response: Any) -> ClusterFailure:
         """The failure that an HTTP status stands for, with what to do about it."""
-        status = response.status
-        known = status if status in REFUSALS else 500 if status >= 500 else 400
-        if known == 404 and resource != "deployments":
-            known = 400
-        reason, exit_code, advice = REFUSALS[known]
-        verb = {"PATCH": "patch", "POST": "create"}.get(
-            method, "list" if resource == "pods" else "get"
-        )
-        said = f"the API server answered {status} while {doing}: {status_message(response.data)}"
+        status = known = response.status
+        if status not in REFUSALS or (status == 404 and resource != "deployments"):
+            known = 500 if status >= 500 else 400
+        reason, transient, advice = REFUSALS[known]
+        try:
+            message = one_line(member(json.loads(response.data), "message", str))
+        except (ValueError, RecursionError):  # not a Status object; a proxy's page, perhaps
+            message = quoted(response.data.decode(errors="replace"))
+        said = f"the API server answered {status} while {doing}: {message}"
         if known == 404:
             said = f"there is no Deployment {self.name} in namespace {self.namespace}"
-        advice = advice.format(
-            name=self.name, namespace=self.namespace, verb=verb, resource=resource
-        )
-        failure = ClusterFailure(reason, said + advice, exit_code, transient=exit_code == 1)
-        failure.status = status
+        verbs = {"PATCH": "patch", "POST": "create", "GET": "list" if resource == "pods" else "get"}
+        names = {"name": self.name, "namespace": self.namespace, "resource": resource}
+        said += advice.format(verb=verbs[method], **names)
+        failure = ClusterFailure(reason, said, exit_code=1 if transient else 2, transient=transient)
+        # A list that cannot be gone on with has to be begun anew, and so has all that it is for.
+        failure.status, failure.read_again = status, status == 410
+        failure.transient = transient and not failure.read_again
         # Seconds. A date is not read: ours and the server's clock may differ.
         pause = response.headers.get("Retry-After") or ""
         failure.retry_after = float(pause) if re.fullmatch(r"\d{1,6}", pause) else 0.0
         return failure
-
-
-def status_message(content: bytes) -> str:
-    """The sentence of a Status object, or the beginning of whatever came instead."""
-    try:
-        return one_line(member(json.loads(content), "message", str))
-    except (ValueError, RecursionError):
-        return quoted(content.decode(errors="replace"))
 
 
 def open_cluster(settings: Settings, run: Run) -> Cluster:
@@ -1607,148 +1673,142 @@ def open_cluster(settings: Settings, run: Run) -> Cluster:
 # ---------------------------------------------------------------------------------- one look
 
 
-def look(settings: Settings, cluster: Cluster, queue: JobQueue) -> Decision:
-    """Read, decide, apply; again from the start where another writer came in between.
+class Look:
+    """Read, decide, apply. `pending` are the decisions whose patch may or may not have reached
+    the Deployment."""
 
-    Raises ClusterFailure.
-    """
-    # Decisions whose patch may or may not have reached the Deployment.
-    pending: list[Decision] = []
-    # An attempt that begins later would blame the queue for the time that it lacks.
-    again = retrying(cluster.run.deadline.one_call_earlier(), "read_again")
-    return again(lambda: attempt(settings, cluster, queue, pending))
+    def __init__(self, settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
+        self.settings, self.cluster, self.queue, self.run = settings, cluster, queue, cluster.run
+        self.pending: list[Decision] = []
 
+    def take(self) -> Decision:
+        """Look, and again from the start where another writer came in between.
 
-def attempt(
-    settings: Settings, cluster: Cluster, queue: JobQueue, pending: list[Decision]
-) -> Decision:
-    run, deployment = cluster.run, cluster.read_deployment()
-    run.current, run.in_doubt = deployment.replicas, False
-    for decision in pending:
-        if landed(decision, deployment):
-            return finish(cluster, deployment, decision)
-    now = run.now()
-    state = parse_state(deployment.annotations, settings, now, deployment.rolled_back)
-    own_zero = {one.get("manager") for one in deployment.replicas_owners} == {FIELD_MANAGER}
-    inputs = Inputs(now, deployment.replicas, state, own_zero=own_zero)
-    try:
-        decision = gather(settings, cluster, queue, deployment, inputs)
-    except QueueFailure as problem:
-        decision = without_queue(settings, inputs, problem)
-    warnings = state.warnings
-    if other := other_manager(deployment.replicas_owners, state.last_scale_time):
-        warnings += (f"two masters: spec.replicas was last set by {other}; keep one",)
-    dry = "dry run, nothing is changed: " if run.dry_run else ""
-    annotations = annotations_to_write(deployment, decision, now)
-    decision = replace(
-        decision, message=dry + decision.message, annotations=annotations, warnings=warnings
-    )
-    return apply(cluster, deployment, decision, pending)
+        Raises ClusterFailure.
+        """
+        # An attempt that begins later would blame the queue for the time that it lacks.
+        return retrying(self.run, "read_again", reserve=True)(self.attempt)
 
+    def attempt(self) -> Decision:
+        run, deployment = self.run, self.cluster.read_deployment()
+        run.current, run.in_doubt = deployment.replicas, False
+        for decision in self.pending:
+            if landed(decision, deployment):
+                return self.finish(deployment, decision)
+        now = run.now()
+        state = parse_state(deployment.annotations, self.settings, now, deployment.rolled_back)
+        own_zero = {one.get("manager") for one in deployment.replicas_owners} == {FIELD_MANAGER}
+        inputs = Inputs(now, deployment.replicas, state, own_zero=own_zero)
+        try:
+            decision = self.gather(deployment, inputs)
+        except QueueFailure as problem:
+            decision = without_queue(self.settings, inputs, problem)
+        warnings = state.warnings
+        if other := other_manager(deployment.replicas_owners, state.last_scale_time):
+            warnings += (f"two masters: spec.replicas was last set by {other}; keep one",)
+        dry = "dry run, nothing is changed: " if run.dry_run else ""
+        decision = replace(decision, message=dry + decision.message, warnings=warnings)
+        return self.apply(deployment, decision)
 
-def gather(
-    settings: Settings, cluster: Cluster, queue: JobQueue, deployment: Deployment, inputs: Inputs
-) -> Decision:
-    """Decide, and read what that needs, and no more: the queue is not waited for where a person or
-    the range decides, and no document is read unless a scale-down is about to happen.
+    def gather(self, deployment: Deployment, inputs: Inputs) -> Decision:
+        """Decide, and read what that needs, and no more: the queue is not waited for where a
+        person or the range decides, and no document is read unless a scale-down is about to
+        happen. Raises QueueFailure, ClusterFailure."""
+        settings, live = self.settings, None
+        decision = override(settings, inputs)
+        if decision is None:
+            if settings.busy_filter is not None:
+                live = self.cluster.live_pods(deployment.selector)
+            names = None if live is None else [pod.name for pod in live]
+            inputs = replace(inputs, queue=self.queue.count(names))
+            decision = decide(settings, inputs)
+        if decision.change >= 0 or settings.busy_filter is None:
+            return decision
+        if live is None:
+            live = self.cluster.live_pods(deployment.selector)
+        return self.protect_busy_pods(live, inputs)
 
-    Raises QueueFailure, ClusterFailure.
-    """
-    live: list[Pod] | None = None
-    decision = override(settings, inputs)
-    if decision is None:
-        if settings.busy_filter is not None:
-            live = cluster.live_pods(deployment.selector)
-        names = None if live is None else [pod.name for pod in live]
-        inputs = replace(inputs, queue=queue.count(names))
-        decision = decide(settings, inputs)
-    if decision.change >= 0 or settings.busy_filter is None:
+    def protect_busy_pods(self, live: Sequence[Pod], inputs: Inputs) -> Decision:
+        """Mark the live pods so that a scale-down takes idle ones, and decide once more with what
+        a second reading, after the marking, says of them: a job claimed in between protects its
+        pod. Raises QueueFailure, ClusterFailure."""
+
+        def read(live: Sequence[Pod]) -> tuple[set[str], Decision]:
+            busy = self.queue.busy_pods([pod.name for pod in live])
+            floor, because = busy_floor(live, busy)
+            known = replace(inputs, busy_floor=floor, busy_because=because)
+            return busy, decide(self.settings, known)
+
+        busy, decision = read([replace(pod, deletion_cost=0) for pod in live])
+        if decision.change >= 0 or self.run.dry_run:
+            return decision
+        before = {pod.name: pod.deletion_cost for pod in live}
+        live = self.mark_pods(live, busy)
+        # A pod that finished since it was marked keeps its mark, and so its place, until the next
+        # look.
+        busy, decision = read(live)
+        mend = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
+        marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
+        if marked + len(mend) > len(live):
+            # More than one mark a pod: too much is going on. The next look has fewer to make.
+            because = ", as jobs were claimed while the pods were marked"
+            known = replace(inputs, busy_floor=INT32_MAX, busy_because=because)
+            decision = decide(self.settings, known)
+        if decision.change < 0:
+            # A person's order is carried out whatever it costs, so that each mark has to be right.
+            self.mark_pods(live if decision.reason == "Paused" else mend, busy)
         return decision
-    if live is None:
-        live = cluster.live_pods(deployment.selector)
-    return protect_busy_pods(settings, cluster, queue, live, inputs)
 
+    def mark_pods(self, live: Iterable[Pod], busy: set[str]) -> list[Pod]:
+        """Give pods the deletion cost they should have, where they have another. The pods after
+        that, without those that somebody deleted meanwhile. Raises ClusterFailure."""
+        costs = [(pod, BUSY_COST if pod.name in busy else 0) for pod in live]
+        return [
+            replace(pod, deletion_cost=cost)
+            for pod, cost in costs
+            if pod.deletion_cost == cost or self.cluster.set_deletion_cost(pod, cost)
+        ]
 
-def protect_busy_pods(
-    settings: Settings, cluster: Cluster, queue: JobQueue, live: Sequence[Pod], inputs: Inputs
-) -> Decision:
-    """Mark the live pods so that a scale-down takes idle ones, and decide once more with what a
-    second reading, after the marking, says of them: a job claimed in between protects its pod.
+    def apply(self, deployment: Deployment, decision: Decision) -> Decision:
+        """The one place that changes the Deployment. `resourceVersion` as read makes the API
+        server refuse the patch if anybody else wrote in between. Raises ClusterFailure."""
+        run, annotations = self.run, dict(decision.annotations)
+        if decision.change:
+            verb = "up" if decision.change > 0 else "down"
+            annotations[LAST_SCALE_TIME] = write_time(run.now())
+            annotations[LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
+        there = deployment.annotations
+        annotations = {name: v for name, v in annotations.items() if there.get(name) != v}
+        decision = replace(decision, annotations=annotations)
+        if run.dry_run or not (annotations or decision.change):
+            return decision
+        body: dict[str, Any] = {"metadata": {"resourceVersion": deployment.resource_version}}
+        if annotations:
+            body["metadata"]["annotations"] = annotations
+        if decision.change:
+            body["spec"] = {"replicas": decision.replicas}
+        run.in_doubt = True
+        try:
+            after = self.cluster.patch_deployment(body)
+        except ClusterFailure as failure:
+            # With a status below 500 the API server has refused it.
+            run.in_doubt = failure.read_again and not 400 <= failure.status < 500
+            if run.in_doubt and decision.change:
+                self.pending.append(decision)
+            raise
+        return self.finish(after, decision)
 
-    Raises QueueFailure, ClusterFailure.
-    """
-
-    def read(live: Sequence[Pod]) -> tuple[set[str], Decision]:
-        busy = queue.busy_pods([pod.name for pod in live])
-        floor, because = busy_floor(live, busy)
-        return busy, decide(settings, replace(inputs, busy_floor=floor, busy_because=because))
-
-    busy, decision = read([replace(pod, deletion_cost=0) for pod in live])
-    if decision.change >= 0 or cluster.run.dry_run:
+    def finish(self, deployment: Deployment, decision: Decision) -> Decision:
+        """What remains once the patch is known to have landed: the Event, as the HPA writes one."""
+        self.run.in_doubt = False
+        if not decision.change:
+            return decision
+        self.run.done = decision
+        try:
+            self.cluster.post_event(deployment.uid, write_time(self.run.now()), decision)
+        except ClusterFailure as failure:
+            LOG.warning("no Event was written: %s", failure)
         return decision
-    before = {pod.name: pod.deletion_cost for pod in live}
-    live = mark_pods(cluster, live, busy)
-    # A pod that finished since it was marked keeps its mark, and so its place, until the next look.
-    busy, decision = read(live)
-    mend = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
-    marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
-    if marked + len(mend) > len(live):
-        # More than one mark a pod: too much is going on. The next look has fewer to make.
-        because = ", as jobs were claimed while the pods were marked"
-        decision = decide(settings, replace(inputs, busy_floor=INT32_MAX, busy_because=because))
-    if decision.change < 0:
-        # A person's order is carried out whatever it costs, so that each mark has to be right.
-        mark_pods(cluster, live if decision.reason == "Paused" else mend, busy)
-    return decision
-
-
-def mark_pods(cluster: Cluster, live: Iterable[Pod], busy: set[str]) -> list[Pod]:
-    """Give pods the deletion cost they should have, where they have another. The pods after
-    that, without those that somebody deleted meanwhile. Raises ClusterFailure."""
-    costs = [(pod, BUSY_COST if pod.name in busy else 0) for pod in live]
-    return [
-        replace(pod, deletion_cost=cost)
-        for pod, cost in costs
-        if pod.deletion_cost == cost or cluster.set_deletion_cost(pod, cost)
-    ]
-
-
-def annotations_to_write(
-    deployment: Deployment, decision: Decision, now: datetime
-) -> dict[str, str | None]:
-    """The annotations that have to change for a decision to be on record."""
-    wanted = dict(decision.annotations)
-    if decision.change:
-        verb = "up" if decision.change > 0 else "down"
-        wanted[LAST_SCALE_TIME] = write_time(now)
-        wanted[LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
-    there = deployment.annotations
-    return {name: value for name, value in wanted.items() if there.get(name) != value}
-
-
-def apply(
-    cluster: Cluster, deployment: Deployment, decision: Decision, pending: list[Decision]
-) -> Decision:
-    """The one place that changes the Deployment. `resourceVersion` as read makes the API server
-    refuse the patch if anybody else wrote in between. Raises ClusterFailure."""
-    run = cluster.run
-    if run.dry_run or not (decision.annotations or decision.change):
-        return decision
-    body: dict[str, Any] = {"metadata": {"resourceVersion": deployment.resource_version}}
-    if decision.annotations:
-        body["metadata"]["annotations"] = decision.annotations
-    if decision.change:
-        body["spec"] = {"replicas": decision.replicas}
-    run.in_doubt = True
-    try:
-        after = cluster.patch_deployment(body)
-    except ClusterFailure as failure:
-        # With a status below 500 the API server has refused it.
-        run.in_doubt = failure.read_again and not 400 <= failure.status < 500
-        if run.in_doubt and decision.change:
-            pending.append(decision)
-        raise
-    return finish(cluster, after, decision)
 
 
 def landed(decision: Decision, deployment: Deployment) -> bool:
@@ -1757,164 +1817,6 @@ def landed(decision: Decision, deployment: Deployment) -> bool:
     return deployment.replicas == decision.replicas and all(
         there.get(name) == value for name, value in decision.annotations.items()
     )
-
-
-def finish(cluster: Cluster, deployment: Deployment, decision: Decision) -> Decision:
-    """What remains once the patch is known to have landed: the Event, as the HPA writes one."""
-    run = cluster.run
-    run.in_doubt = False
-    if not decision.change:
-        return decision
-    run.done = decision
-    when, namespace = write_time(run.now()), cluster.namespace
-    body = {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"name": f"{cluster.name[:200]}.{os.urandom(8).hex()}", "namespace": namespace},
-        "involvedObject": {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "name": cluster.name,
-            "namespace": namespace,
-            "uid": deployment.uid,
-        },
-        "type": "Normal",
-        "reason": "SuccessfulRescale",
-        "message": scrub(f"New size: {decision.replicas}; {decision.message}")[:1024],
-        "source": {"component": FIELD_MANAGER},
-        "reportingComponent": FIELD_MANAGER,
-        "reportingInstance": FIELD_MANAGER,
-        "firstTimestamp": when,
-        "lastTimestamp": when,
-        "count": 1,
-    }
-    try:
-        cluster.post_event(body)
-    except ClusterFailure as failure:
-        LOG.warning("no Event was written: %s", failure)
-    return decision
-
-
-# ------------------------------------------------------------------------------------ report
-
-RECORD_BYTES = 4095
-DEFAULT_TERMINATION_LOG = "/dev/termination-log"
-SECRETS = re.compile(
-    r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
-)
-
-
-def scrub(message: str) -> str:
-    """Without tokens and keys, which errors of libraries and answers of proxies may quote."""
-    return SECRETS.sub("[removed]", message)
-
-
-class LineFormatter(logging.Formatter):
-    """One line an entry: for people, or as a JSON object in the terms of Cloud Logging."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        when = write_time(datetime.fromtimestamp(record.created, UTC))
-        message = scrub(f"AutoScaler {record.getMessage()}")
-        if not self._as_json:
-            return f"{when} {record.levelname} {message}"
-        extra: Mapping[str, Any] = getattr(record, "record", {})
-        entry = {"time": when, **extra, "severity": record.levelname, "message": message}
-        return json.dumps(entry, ensure_ascii=False)
-
-
-def set_up_logging(environ: Mapping[str, str]) -> None:
-    """A level or format that is not accepted is reported with the other settings, by a logger
-    that has the defaults."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(LineFormatter(environ.get("LOG_FORMAT", "").strip().lower() == "json"))
-    LOG.handlers[:] = [handler]
-    LOG.propagate = False
-    # A line that cannot be written is lost; it does not keep the run from its work.
-    logging.raiseExceptions = False
-    if not logging.getLogger().handlers:
-        # Else Python prints what libraries log: a login helper's output, for one.
-        logging.getLogger().addHandler(logging.NullHandler())
-    level = environ.get("LOG_LEVEL", "").strip().upper()
-    LOG.setLevel(level if level in ("DEBUG", "WARNING", "ERROR") else "INFO")
-
-
-def tell(run: Run, decision: Decision) -> None:
-    """Note how a look ended, and log its line where it has something new to say."""
-    run.seconds = round(time.monotonic() - run.started, 3)
-    scales = decision.change != 0 and not run.dry_run
-    news = replace(decision, message="", annotations={})
-    run.looks, run.last, told = run.looks + 1, decision, run.told
-    run.told, run.last_scale = news, decision if scales else run.last_scale
-    if news == told and not scales:
-        return
-    for warning in decision.warnings:
-        LOG.warning("%s", warning)
-    result = record(run, decision)
-    level = {0: logging.INFO, 1: logging.WARNING}.get(decision.exit_code, logging.ERROR)
-    target = "/".join(filter(None, (result["namespace"], result["deployment"])))
-    line = f"{target} {decision.reason}: {decision.message}".strip()
-    LOG.log(level, "%s", line, extra={"record": result})
-
-
-def record(run: Run, decision: Decision) -> dict[str, Any]:
-    """The result record of a decision."""
-    queue, change = decision.queue, decision.change
-    result = {
-        "time": write_time(run.now()),
-        "namespace": run.namespace or name_in(run.environ, "NAMESPACE"),
-        "deployment": name_in(run.environ, "DEPLOYMENT"),
-        "waiting": queue.waiting if queue else None,
-        "waitingCapped": bool(queue and queue.capped),
-        "busy": queue.busy if queue else None,
-        "current": decision.current,
-        "desired": decision.desired,
-        "replicas": decision.current if run.dry_run else decision.replicas,
-        "action": "scale-up" if change > 0 else "scale-down" if change < 0 else "none",
-        "reason": decision.reason,
-        "message": scrub(decision.message),
-        "dryRun": run.dry_run,
-        "durationSeconds": run.seconds,
-    }
-    return result if run.interval is None else {**result, "looks": run.looks}
-
-
-def name_in(environ: Mapping[str, str], variable: str) -> str | None:
-    """A name as it was set, right or wrong, in a form that fits into a line."""
-    value = environ.get(variable)
-    if value is None:
-        return None
-    return scrub(" ".join(value[:253].encode(errors="replace").decode().split()))
-
-
-def end(run: Run, why: str = "") -> int:
-    """Write the result record of a run: its last look's if that failed, else the last one's that
-    scaled, else the last one's. Returns the exit code."""
-    assert run.last is not None, "a run has a look"
-    told = run.last if run.last.exit_code else run.last_scale or run.last
-    result = record(run, replace(told, message=told.message + why))
-    path = Path(run.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
-    try:
-        if str(path) != DEFAULT_TERMINATION_LOG or path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_record(result))
-    except OSError as error:
-        LOG.warning("the result record was not written: %s", error)
-    return run.last.exit_code
-
-
-def encode_record(result: Mapping[str, Any]) -> bytes:
-    """JSON of less than the 4,096 bytes that the kubelet keeps; the message gives way."""
-    message = str(result["message"])
-    while True:
-        shown = json.dumps({**result, "message": message}, ensure_ascii=False)
-        data = shown.encode(errors="replace")
-        if len(data) <= RECORD_BYTES or not message:
-            return data
-        message = message[: len(message) * 3 // 4]
 
 
 # -------------------------------------------------------------------------------------- main
@@ -1926,22 +1828,27 @@ def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], da
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     # A run of one look is over before a garbage collection could free anything worth its time.
     gc.disable()
-    return execute(argv, environ, clock, start_watchdog)
+
+    def supervise(run: Run, seconds: int) -> None:
+        threading.Thread(target=watch, args=(run, seconds), daemon=True).start()
+
+    return execute(argv, environ, clock, supervise)
 
 
 def execute(
     argv: Sequence[str],
     environ: Mapping[str, str],
     clock: Callable[[], datetime],
-    supervise: Callable[[Run, Settings], None] = lambda run, settings: None,
+    supervise: Callable[[Run, int], None] = lambda run, seconds: None,
 ) -> int:
     """One run, without signals, timers or an exit of its own. Returns the exit code.
 
-    `supervise` is called once the settings are read, before anything is waited for.
+    `supervise` is called with the run's budget in seconds, once the settings are read and before
+    anything is waited for.
     """
     if "--help" in argv or "-h" in argv or "--version" in argv:
-        version = f"queue-scaler {__version__}"
         with suppress(OSError):
+            version = f"queue-scaler {__version__}"
             print(version if "--version" in argv else usage(), flush=True)
         return 0
     environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
@@ -1954,7 +1861,7 @@ def execute(
             problem = f"unknown argument {unknown[0]}: expected --dry-run, --help, --version"
             raise Failure("InvalidSettings", problem, exit_code=2)
         settings = read_settings(environ)
-        supervise(run, settings)
+        supervise(run, settings.timeout_seconds)
         run.interval = settings.polling_interval_seconds
         poll(settings, open_cluster(settings, run), JobQueue(settings, run))
 
@@ -1963,8 +1870,8 @@ def execute(
     decision = guarded(run, start)
     with run.reporting:
         if decision:
-            tell(run, decision)
-        run.exit_code = end(run)
+            run.tell(decision)
+        run.exit_code = run.end()
     return run.exit_code
 
 
@@ -1992,9 +1899,9 @@ def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
     while True:
         began = time.monotonic()
         run.begin_look(last_moment)
-        decision = guarded(run, lambda: look(settings, cluster, queue))
+        decision = guarded(run, Look(settings, cluster, queue).take)
         with run.reporting:
-            tell(run, decision)
+            run.tell(decision)
             run.resting = True
         if interval is None:
             return
@@ -2008,16 +1915,11 @@ def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
         run.resting = False
 
 
-def start_watchdog(run: Run, settings: Settings) -> None:
-    threading.Thread(target=watch, args=(run, settings), daemon=True).start()
-
-
-def watch(run: Run, settings: Settings) -> None:
+def watch(run: Run, seconds: int) -> None:
     """End the run on SIGTERM, on SIGINT, and when its time is up, whatever the main thread is
     waiting for: no timeout of a client covers an answer that drips in, or a name server."""
-    left = run.started + settings.timeout_seconds - time.monotonic()
-    received = signal.sigtimedwait(SIGNALS, max(0.0, left))
-    why = f"out of time (TIMEOUT_SECONDS={settings.timeout_seconds})"
+    received = signal.sigtimedwait(SIGNALS, max(0.0, run.started + seconds - time.monotonic()))
+    why = f"out of time (TIMEOUT_SECONDS={seconds})"
     if received:
         why = f"ended by {signal.Signals(received.si_signo).name}"
     exit_code = 128 + received.si_signo if received else 1
@@ -2026,12 +1928,12 @@ def watch(run: Run, settings: Settings) -> None:
         if run.exit_code is not None:
             exit_code = run.exit_code
         elif run.resting:
-            end(run, f"; {why}")
+            run.end(f"; {why}")
         else:
             decision = run.done or run.break_off(f"{why} while {run.stage}")
             exit_code = exit_code if received else decision.exit_code
-            tell(run, replace(decision, exit_code=exit_code))
-            end(run)
+            run.tell(replace(decision, exit_code=exit_code))
+            run.end()
     leave(exit_code)
 
 
@@ -2050,13 +1952,16 @@ def utc_now() -> datetime:
 
 
 def usage() -> str:
+    """What `--help` prints, with the table of the settings."""
+    rows = [(f.name.upper(), f.metadata["shown"], f.metadata["meaning"]) for f in fields(Settings)]
+    table = "\n".join(f"  {name}\n      {meaning} [{shown}]" for name, shown, meaning in rows)
     return f"""\
 usage: scaler.py [--dry-run] [--help] [--version]
 
 Sets the replicas of one Kubernetes Deployment by the length of a Firestore job queue.
 
 Environment variables, with their defaults:
-{settings_table()}
+{table}
 
 FIRESTORE_EMULATOR_HOST and GOOGLE_APPLICATION_CREDENTIALS work as in every Google client. Inside a
 cluster the service account is used, outside one KUBECONFIG or ~/.kube/config.

@@ -830,9 +830,8 @@ BEFORE_THE_PATCH = (
     "queue_failure",
     "recommend",
     "busy_floor",
-    "mark_pods",
-    "annotations_to_write",
-    "apply",
+    "Look.mark_pods",
+    "Look.apply",
 )
 
 
@@ -843,7 +842,8 @@ def crash_in(scene: Scene, function: str, monkeypatch: pytest.MonkeyPatch) -> Ru
         raise ZeroDivisionError("made by the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scaler, function, crash)
+        owner, _, name = function.rpartition(".")
+        patch.setattr(getattr(scaler, owner) if owner else scaler, name, crash)
         return scene.world.run()
 
 
