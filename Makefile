@@ -19,10 +19,10 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUNTIME) ## watch the real script follow a queue, in about half a minute; no cluster needed
-	@$(BIN)/python -m tests.demo
+	@$(BIN)/python -m tools.demo
 
 picture: $(RUNTIME) ## draw docs/replicas.svg again, from the real script's decisions
-	@$(BIN)/python -m tests.demo --picture docs/replicas.svg
+	@$(BIN)/python -m tools.demo --picture docs/replicas.svg
 
 test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="-k cooldown"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -40,7 +40,7 @@ types: $(DEV) ## types, strictly
 	$(BIN)/mypy
 
 bench: $(DEV) ## what a run costs, against the same calls written the straightforward way
-	@$(BIN)/python -m tests.bench $(ARGS)
+	@$(BIN)/python -m tools.bench $(ARGS)
 
 e2e: ## try the manifests on the cluster of the current kubectl context; see tests/e2e/README.md
 	@$(PYTHON) -m tests.e2e $(ARGS)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from google.cloud.firestore import Client
 
-from tests.fakes.emulator import Emulator, emulator_or_reason
-from tests.fakes.firestore import FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.world import PROJECT, START, World
+from tests.support.emulator import Emulator, emulator_or_reason
+from tests.support.firestore import FakeFirestore
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.world import PROJECT, START, World
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

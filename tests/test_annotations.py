@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import ANNOTATION, LAST_SCALE, LAST_SCALE_TIME, parse_state, read_time, write_time
-from tests.fakes.firestore import FakeFirestore, Hang
-from tests.world import START, World
+from tests.support.firestore import FakeFirestore, Hang
+from tests.support.world import START, World
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
 

@@ -23,10 +23,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import scaler
-from tests.fakes.firestore import Call, Fail, FakeFirestore, On
-from tests.fakes.kubernetes import FakeKubernetes, Match, answer
-from tests.fakes.kubernetes_objects import DELETION_COST, Object
-from tests.world import BUSY, REPOSITORY, START, Run, World
+from tests.support.firestore import Call, Fail, FakeFirestore, On
+from tests.support.kubernetes import FakeKubernetes, Match, answer
+from tests.support.kubernetes_objects import DELETION_COST, Object
+from tests.support.world import BUSY, REPOSITORY, START, Run, World
 
 HIGH = str(2**31 - 1)
 EAGER = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
-from tests.fakes.firestore import Fail, FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes, Match
-from tests.world import BUSY, START, Run, World
+from tests.support.firestore import Fail, FakeFirestore
+from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.world import BUSY, START, Run, World
 
 pytestmark = pytest.mark.slow
 

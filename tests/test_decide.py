@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import INT32_MAX, Inputs, QueueLength, Settings, State, decide
-from tests.world import START
+from tests.support.world import START
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
 CALM = replace(SETTINGS, scale_down_stabilization_seconds=0)  # no windows

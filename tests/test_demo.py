@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests import demo
-from tests.world import REPOSITORY
+from tests.support.world import REPOSITORY
+from tools import demo
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ PICTURE = REPOSITORY / "docs" / "replicas.svg"
 
 def test_every_scenario_ends_as_the_guide_says() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.demo"],
+        [sys.executable, "-m", "tools.demo"],
         cwd=REPOSITORY, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip

@@ -27,11 +27,11 @@ import yaml
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 import scaler
-from tests.fakes import firestore, kubernetes
-from tests.fakes.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
-from tests.fakes.kubernetes import FakeKubernetes, Match
-from tests.fakes.proxy import ChaosProxy
-from tests.world import BUSY, PROJECT, START, Run, World
+from tests.support import firestore, kubernetes
+from tests.support.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
+from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.proxy import ChaosProxy
+from tests.support.world import BUSY, PROJECT, START, Run, World
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from google.cloud.firestore_v1.base_query import And, BaseCompositeFilter, Field
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped]
 from grpc import StatusCode  # type: ignore[import-untyped]
 
-from tests.fakes.firestore import (
+from tests.support.firestore import (
     Call,
     CountAs,
     EmptyStream,
@@ -38,8 +38,8 @@ from tests.fakes.firestore import (
     Slow,
     missing_index,
 )
-from tests.fakes.proxy import ChaosProxy, Mode
-from tests.world import PROJECT
+from tests.support.proxy import ChaosProxy, Mode
+from tests.support.world import PROJECT
 
 pytestmark = pytest.mark.slow
 

@@ -22,9 +22,9 @@ from cel_expr_python.ext import (  # type: ignore[import-not-found, import-untyp
 import scaler
 from tests.e2e import forbidden
 from tests.e2e.forbidden import BOUND, COST, MINE, NAME, OTHER, PAUSES, Act
-from tests.fakes.kubernetes_objects import json_patch, merge
+from tests.support.kubernetes_objects import json_patch, merge
+from tests.support.world import REPOSITORY
 from tests.test_manifests import USER, load, one, settings, whole_life
-from tests.world import REPOSITORY
 
 pytestmark = pytest.mark.slow
 

@@ -26,9 +26,9 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from tests.fakes.firestore import FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.world import BUSY, REPOSITORY
+from tests.support.firestore import FakeFirestore
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.world import BUSY, REPOSITORY
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ import urllib3
 import yaml
 from kubernetes import client, config
 
-from tests.fakes.kubernetes import (
+from tests.support.kubernetes import (
     Behaviour,
     FakeKubernetes,
     Match,
@@ -38,8 +38,8 @@ from tests.fakes.kubernetes import (
     reset,
     wrong_kind,
 )
-from tests.fakes.kubernetes_controllers import deletion_order, proportional_sizes
-from tests.fakes.kubernetes_objects import DELETION_COST
+from tests.support.kubernetes_controllers import deletion_order, proportional_sizes
+from tests.support.kubernetes_objects import DELETION_COST
 
 pytestmark = pytest.mark.slow
 

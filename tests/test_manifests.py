@@ -18,10 +18,10 @@ import yaml
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 import scaler
-from tests.fakes.firestore import Fail, FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.fakes.kubernetes_objects import Match, Request
-from tests.world import PROJECT, REPOSITORY, START, World
+from tests.support.firestore import Fail, FakeFirestore
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.kubernetes_objects import Match, Request
+from tests.support.world import PROJECT, REPOSITORY, START, World
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
-from tests.fakes import kubernetes
-from tests.fakes.firestore import CountAs, Fail, FakeFirestore, On
-from tests.fakes.kubernetes import FakeKubernetes, Match
-from tests.world import BUSY, START, Run, World
+from tests.support import kubernetes
+from tests.support.firestore import CountAs, Fail, FakeFirestore, On
+from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.world import BUSY, START, Run, World
 
 READ, PATCH = Match("get", "deployments"), Match("patch", "deployments")
 LIST = Match("list", "pods")

@@ -12,9 +12,9 @@ import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from scaler import ANNOTATION
-from tests.fakes.firestore import Fail, FakeFirestore, Hang
-from tests.fakes.kubernetes import FakeKubernetes, Match
-from tests.world import Run, World
+from tests.support.firestore import Fail, FakeFirestore, Hang
+from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.world import Run, World
 
 READ = Match("get", "deployments")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from scaler import ANNOTATION
-from tests.fakes.firestore import FakeFirestore
-from tests.fakes.kubernetes import Match, hang
-from tests.world import World
+from tests.support.firestore import FakeFirestore
+from tests.support.kubernetes import Match, hang
+from tests.support.world import World
 
 pytestmark = pytest.mark.slow
 

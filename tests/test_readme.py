@@ -20,10 +20,10 @@ import yaml
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 import scaler
-from tests.fakes.firestore import Fail, FakeFirestore, missing_index
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.fakes.kubernetes_api import Answer, json_answer
-from tests.world import BUSY, PROJECT, REPOSITORY, START, World
+from tests.support.firestore import Fail, FakeFirestore, missing_index
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.kubernetes_api import Answer, json_answer
+from tests.support.world import BUSY, PROJECT, REPOSITORY, START, World
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scaler
-from tests.fakes.firestore import FakeFirestore
-from tests.world import World
+from tests.support.firestore import FakeFirestore
+from tests.support.world import World
 
 
 def test_a_path_that_was_set_is_created(world: World, tmp_path: Path) -> None:

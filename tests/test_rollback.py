@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from scaler import ANNOTATION, rolled_back
-from tests.fakes.firestore import FakeFirestore
-from tests.world import World
+from tests.support.firestore import FakeFirestore
+from tests.support.world import World
 
 
 def undo(world: World, **annotations: str) -> None:

@@ -7,8 +7,8 @@ import json
 
 from google.cloud.firestore import Client
 
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.world import Run, World
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.world import Run, World
 
 
 def wait(jobs: Client, number: int) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 import scaler
 from scaler import ANNOTATION, Inputs, QueueLength, Settings, State, decide, parse_state
-from tests.fakes.firestore import FakeFirestore
-from tests.world import START, World
+from tests.support.firestore import FakeFirestore
+from tests.support.world import START, World
 
 NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs", "MAX_REPLICAS": "9"}
 MINUTE = timedelta(minutes=1)

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from grpc import StatusCode  # type: ignore[import-untyped]
 
-from tests.fakes import kubernetes
-from tests.fakes.firestore import Fail, FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes, Match
-from tests.world import BUSY, Run, World
+from tests.support import kubernetes
+from tests.support.firestore import Fail, FakeFirestore
+from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.world import BUSY, Run, World
 
 PIECE = 16  # so many characters of a secret in a row are a leak
 TOKEN = "swordfish-0123456789-ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 import scaler
-from tests.world import World
+from tests.support.world import World
 
 NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"}
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import Inputs, QueueLength, Settings, decide
-from tests.fakes.firestore import FakeFirestore
-from tests.world import START, World
+from tests.support.firestore import FakeFirestore
+from tests.support.world import START, World
 
 ANY_NUMBER = replace(
     scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"}),

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from google.cloud.firestore import Client
 
-from tests.fakes.emulator import Emulator
-from tests.world import BUSY, PROJECT, REPOSITORY, World
+from tests.support.emulator import Emulator
+from tests.support.world import BUSY, PROJECT, REPOSITORY, World
 
 pytestmark = pytest.mark.slow
 

@@ -42,7 +42,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.fakes.kubernetes_api import (
+from tests.support.kubernetes_api import (
     Access,
     Answer,
     Api,
@@ -50,12 +50,12 @@ from tests.fakes.kubernetes_api import (
     forbidden,
     json_answer,
 )
-from tests.fakes.kubernetes_controllers import (
+from tests.support.kubernetes_controllers import (
     Controllers,
     max_surge,
     pod_status,
 )
-from tests.fakes.kubernetes_objects import (
+from tests.support.kubernetes_objects import (
     ADMIN_GROUP,
     CONTROLLER,
     KINDS,

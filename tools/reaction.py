@@ -1,4 +1,4 @@
-"""How long a job waits for the patch that answers it: `python -m tests.reaction INTERVAL BURSTS`.
+"""How long a job waits for the patch that answers it: `python -m tools.reaction INTERVAL BURSTS`.
 
 A run that looks every INTERVAL seconds, and a job that comes at any moment of it, BURSTS times.
 Prints the longest time, in seconds, from a job's commit to the patch.
@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fakes.firestore import FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.world import PROJECT, World
+from tests.support.firestore import FakeFirestore
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.world import PROJECT, World
 
 
 def main(interval: str, bursts: int) -> int:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import scaler
-from tests.fakes.kubernetes import FakeKubernetes
+from tests.support.kubernetes import FakeKubernetes
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 PROJECT = "demo-queue-scaler"
 BUSY = '[["status", "==", "processing"]]'
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -79,7 +79,7 @@ class World:
     def command(self, *arguments: str) -> list[str]:
         if self.now is None:
             return [sys.executable, str(REPOSITORY / "scaler.py"), *arguments]
-        return [sys.executable, "-m", "tests.clock", self.now.isoformat(), *arguments]
+        return [sys.executable, "-m", "tests.support.clock", self.now.isoformat(), *arguments]
 
     def start(
         self, *arguments: str, log: Path, environ: Mapping[str, str] | None = None, **settings: str

@@ -1,4 +1,4 @@
-"""Runs scaler.py with its clock set: `python -m tests.clock 2026-01-01T00:05:00Z [argument ...]`.
+"""Runs scaler.py with its clock set: `python -m tests.support.clock TIME [argument ...]`.
 
 The same script, as a process of its own; only the clock that `main` is given stands still at the
 time named, so that tests and the demo need not wait for minutes to pass.

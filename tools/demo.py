@@ -1,8 +1,8 @@
 """`make demo`: the real scaler.py, a process a "minute", between an embedded Firestore and an
 embedded Kubernetes API. Time is made to pass, not waited for.
 
-    python -m tests.demo                    the guide's four scenarios, and idle pods first
-    python -m tests.demo --picture FILE     an hour and a half of work, drawn as an SVG
+    python -m tools.demo                    the guide's four scenarios, and idle pods first
+    python -m tools.demo --picture FILE     an hour and a half of work, drawn as an SVG
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.firestore import FakeFirestore
-from tests.fakes.kubernetes import FakeKubernetes
-from tests.world import BUSY, PROJECT, START, Run, World
+from tests.support.firestore import FakeFirestore
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.world import BUSY, PROJECT, START, Run, World
 
 NAME = "eventstorming-generator"
 NO_WAITS = {"SCALE_DOWN_STABILIZATION_SECONDS": "0", "SCALE_DOWN_COOLDOWN_SECONDS": "0"}
@@ -407,7 +407,7 @@ def draw(points: Sequence[Point]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw instead of telling")
     options = parser.parse_args(argv)
     if options.picture:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
-from tests.fakes.kubernetes_objects import (
+from tests.support.kubernetes_objects import (
     CONTROLLER,
     DELETION_COST,
     DESIRED_REPLICAS,

@@ -1,4 +1,4 @@
-"""What a run costs: `python -m tests.bench` (or `make bench`) measures it and prints a table.
+"""What a run costs: `python -m tools.bench` (or `make bench`) measures it and prints a table.
 
 Every figure is of whole processes, as a CronJob starts them: processor time (user and system),
 wall time and peak memory, as the kernel gives them when the process ends. Each round runs the
@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from tests.fakes.firestore import FakeFirestore
-    from tests.fakes.kubernetes import FakeKubernetes
+    from tests.support.firestore import FakeFirestore
+    from tests.support.kubernetes import FakeKubernetes
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("kubernetes", "google-cloud-firestore", "grpcio", "tenacity")
@@ -131,10 +131,10 @@ def servers() -> Iterator[Servers]:
 
 def serve(pipe: Connection) -> None:
     """A cluster whose Deployment is as it should be, and the queues, until the pipe is closed."""
-    from tests.fakes.emulator import emulator_or_reason
-    from tests.fakes.firestore import FakeFirestore
-    from tests.fakes.kubernetes import FakeKubernetes
-    from tests.world import BUSY, World
+    from tests.support.emulator import emulator_or_reason
+    from tests.support.firestore import FakeFirestore
+    from tests.support.kubernetes import FakeKubernetes
+    from tests.support.world import BUSY, World
 
     with ExitStack() as stack:
         cluster = stack.enter_context(FakeKubernetes(tls=True, seed=1))
@@ -332,7 +332,7 @@ def reaction_seconds() -> float:
     """From a job's commit to the patch that answers it, the worst of twenty, at any moment of the
     interval. Its servers are a process of its own, for the sake of this one's memory."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.reaction", str(REACTION_INTERVAL), str(BURSTS)],
+        [sys.executable, "-m", "tools.reaction", str(REACTION_INTERVAL), str(BURSTS)],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return float(done.stdout)
@@ -482,7 +482,7 @@ def versions() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="What a run costs.")
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="What a run costs.")
     parser.add_argument("--rounds", type=int, default=15, help="counted runs of each (default 15)")
     parser.add_argument(
         "--no-image", action="store_true", help="build no image, which takes longest"

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import yaml
 
-from tests.fakes.kubernetes_controllers import (
+from tests.support.kubernetes_controllers import (
     Controllers,
     _owner,
     _uid,
     is_active,
 )
-from tests.fakes.kubernetes_objects import (
+from tests.support.kubernetes_objects import (
     ADMIN_GROUP,
     BODY_TYPES,
     KINDS,
