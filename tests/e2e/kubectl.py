@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parent.parent.parent
 T = TypeVar("T")
 
-POLICIES = ("queue-scaler",)
+POLICIES = ("queue-scaler", "queue-scaler-label")
 
 
 class KubectlError(Exception):
