@@ -171,9 +171,9 @@ def type_warnings() -> list[str]:
         current = status.get("observedGeneration") == policy["metadata"]["generation"]
         return status if current and "typeChecking" in status else None
 
-    found: list[str] = []
-    for name in POLICIES:
-        status = eventually(partial(checked, name), 30, f"a type check of {name}")
-        for warning in (status["typeChecking"] or {}).get("expressionWarnings") or []:
-            found.append(f"{name} {warning['fieldRef']}: {warning['warning']}")
-    return found
+    return [
+        f"{name} {warning['fieldRef']}: {warning['warning']}"
+        for name in POLICIES
+        for status in [eventually(partial(checked, name), 30, f"a type check of {name}")]
+        for warning in (status["typeChecking"] or {}).get("expressionWarnings") or []
+    ]
