@@ -497,11 +497,6 @@ class Someone:
     refused: str = ""
     here: bool = True
 
-    @property
-    def what(self) -> str:
-        label, place = "label" if self.labelled else "no label", "" if self.here else ", elsewhere"
-        return f"{self.name} ({label}{place}), as {self.manager or 'no'} manager"
-
 
 RULES, LABEL = "queue-scaler may change nothing of", "needs the label"
 # As kustomize names it by prefix or suffix, as others name theirs, and without the label.
@@ -658,7 +653,7 @@ def try_names(checks: Checks, namespaces: list[str]) -> None:
                     return "refused" if refused else ""
                 return "left alone" if answer.status == 200 else ""
 
-            checks.that(someone.what, partial(eventually, answered, 15, someone.what))
+            checks.that(str(someone), partial(eventually, answered, 15, str(someone)))
 
 
 def no_type_warnings() -> str:
