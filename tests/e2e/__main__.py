@@ -87,7 +87,7 @@ class Site:
 
     namespace: str
     queue: Queue
-    told: list[str] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     def kubectl(self, *arguments: str) -> str:
         return kubectl("-n", self.namespace, *arguments)
@@ -109,9 +109,9 @@ class Site:
         job = f"manual-{secrets.token_hex(3)}"
         self.kubectl("create", "job", "--from=cronjob/queue-scaler", job)
         record = eventually(lambda: self.result(job), 90, f"the end of job {job}")
-        self.told.append(str(record["message"]))
+        self.records.append(record)
         assert record["reason"] == reason, f"expected {reason}, got {record}"
-        return self.told[-1]
+        return str(record["message"])
 
     def deployment(self) -> Any:
         return self.read("deployment", NAME)
@@ -284,9 +284,20 @@ def history(here: Site) -> str:
     assert command, "README.md has no such command"
     options = command[1].split()
     table = here.kubectl(*options, "-o", f"custom-columns={command[2]}").splitlines()
-    missing = [message for message in here.told if not any(message in row for row in table)]
+    told = [record["message"] for record in here.records]
+    missing = [message for message in told if not any(message in row for row in table)]
     assert not missing, f"{missing} not in {table}"
     return f"{len(table) - 1} runs"
+
+
+def polling(here: Site) -> str:
+    """polling: one run looks every 2 seconds for 9"""
+    often = ("POLLING_INTERVAL_SECONDS=2", "TIMEOUT_SECONDS=9")
+    here.kubectl("set", "env", "cronjob/queue-scaler", *often)
+    here.expect("AtTarget")
+    looks = here.records[-1]["looks"]
+    assert 3 <= looks <= 5, f"{looks} looks"
+    return f"{looks} looks"
 
 
 def refusal(here: Site) -> str:
@@ -302,7 +313,7 @@ def refusal(here: Site) -> str:
 
 # In this order, as one thing leads to the next.
 STEPS = [scheduled, by_hand, logs, scale_up, event, nothing_to_do, cooldown, pause, resume,
-         scale_down, history, refusal]  # fmt: skip
+         scale_down, polling, history, refusal]  # fmt: skip
 
 
 OPTIONS = {
