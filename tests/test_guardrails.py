@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 Object = dict[str, Any]
 HASH = "5d4f8"
+REMOVABLE = ("metadata", "annotations", MINE + "of-an-older-version")
 
 # What `authorizer` is asked, word by word; the Role of rbac.yaml answers that the account may patch
 # the Deployment NAME.
@@ -164,8 +165,10 @@ def patched(old: Object, body: Any) -> Object:
 
 
 def entry(manager: str, operation: str = "Update", **fields: Any) -> Object:
-    """One of the managedFields."""
+    """One of the managedFields, of a subresource where the manager is `NAME/SUBRESOURCE`."""
+    manager, _, subresource = manager.partition("/")
     return {"manager": manager, "operation": operation, "apiVersion": "apps/v1",
+            **({"subresource": subresource} if subresource else {}),
             "time": "2026-01-01T00:00:00Z", "fieldsType": "FieldsV1",
             "fieldsV1": {f"f:{name}": value for name, value in fields.items()}}  # fmt: skip
 
@@ -207,6 +210,7 @@ def pod(owner: str = NAME) -> Object:
                    "uid": "1", "controller": True}  # fmt: skip
     obj["metadata"] |= {"name": f"{owner}-{HASH}-x", "ownerReferences": [replica_set]}
     obj["metadata"]["labels"]["pod-template-hash"] = HASH
+    obj["metadata"]["annotations"][REMOVABLE[-1]] = "x"  # of a pod it may not
     return obj
 
 
@@ -330,9 +334,14 @@ OLD = entry("a", spec=TEMPLATE)
         ([entry("ci", spec=TEMPLATE)], [entry("ci", spec={**TEMPLATE, **REPLICAS})], False),
         ([OLD], [entry("ancient-changes", spec={**TEMPLATE, **REPLICAS})], False),
         ([CI], [entry("ancient-changes", spec=TEMPLATE)], False),
+        ([OLD], [entry("ancient-changes/scale", spec=TEMPLATE)], False),
+        ([OLD], [entry("ancient-changes", "Apply", spec=TEMPLATE)], False),
         ([], [entry("queue-scaler", spec=TEMPLATE)], False),
         ([], [entry("queue-scaler", metadata=PAUSE)], False),
         ([], [entry("queue-scaler", "Apply", spec=REPLICAS)], False),
+        ([], [entry("queue-scaler/scale", spec=REPLICAS)], False),
+        ([entry("queue-scaler", "Apply", spec=TEMPLATE)], [OWN], False),
+        ([entry("queue-scaler/status", spec=TEMPLATE)], [OWN], False),
     ],
 )  # fmt: skip
 def test_the_entries_of_others_may_lose_what_the_scaler_sets_and_nothing_else(
@@ -395,7 +404,6 @@ def changed(obj: Object, leaf: tuple[str, ...], remove: bool = False) -> Object:
 KEPT_UP: set[tuple[str, ...]] = {
     ("metadata", name) for name in ("generation", "resourceVersion", "managedFields")
 }
-REMOVABLE = ("metadata", "annotations", MINE + "of-an-older-version")
 
 
 @pytest.mark.parametrize("resource", ["deployments", "pods"])

@@ -472,6 +472,7 @@ PAUSES: list[tuple[dict[str, str], int, bool]] = [
     ({"paused": "unreadable"}, 3, False),
     ({"paused": "False"}, 3, True),
     ({"paused-replicas": "0"}, 0, True),
+    ({"paused-replicas": "0"}, 1, False),
     ({"paused-replicas": " 5 "}, 5, True),
     ({"paused-replicas": "5"}, 4, False),
     ({"paused-replicas": "15"}, 5, False),
