@@ -81,36 +81,26 @@ def container(**changes: Any) -> Object:
     return {"containers": [{"name": "main", "image": "registry.k8s.io/pause:3.10", **changes}]}
 
 
+def thing(kind: str, name: str = "new", api: str = "v1", **more: Any) -> Object:
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": name}, **more}
+
+
 def deployment(name: str) -> Object:
     labels = {"app": name}
-    ours = {MINE + "paused-scale-in": "false", MINE + "of-an-older-version": "x"}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {
-            "name": name,
-            "labels": {"app": name, "team": "a"},
-            "annotations": {**FOREIGN, **ours},
-        },
-        "spec": {
-            "replicas": 2,
-            "selector": {"matchLabels": labels},
-            "template": {
-                "metadata": {"labels": labels, "annotations": FOREIGN},
-                "spec": pod_spec(),
-            },
-        },
-    }
+    template = {"metadata": {"labels": labels, "annotations": FOREIGN}, "spec": pod_spec()}
+    spec = {"replicas": 2, "selector": {"matchLabels": labels}, "template": template}
+    made = thing("Deployment", name, "apps/v1", spec=spec)
+    annotations = {MINE + "paused-scale-in": "false", MINE + "of-an-older-version": "x", **FOREIGN}
+    made["metadata"] |= {"labels": {**labels, "team": "a"}, "annotations": annotations}
+    return made
 
 
 def bystanders() -> Object:
     """What lies about in a namespace: the Deployment, another one, a pod, a Secret, a ConfigMap."""
-    metadata = {"name": OTHER, "annotations": FOREIGN, "labels": {"run": OTHER}}
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod_spec()}
-    more = [{"apiVersion": "v1", "kind": kind, "metadata": {"name": OTHER}}
-            for kind in ("Secret", "ConfigMap")]  # fmt: skip
-    return {"apiVersion": "v1", "kind": "List",
-            "items": [deployment(NAME), deployment(OTHER), pod, *more]}  # fmt: skip
+    pod = thing("Pod", OTHER, spec=pod_spec())
+    pod["metadata"] |= {"annotations": FOREIGN, "labels": {"run": OTHER}}
+    items = [deployment(NAME), deployment(OTHER), pod, thing("Secret", OTHER)]
+    return {"apiVersion": "v1", "kind": "List", "items": [*items, thing("ConfigMap", OTHER)]}
 
 
 def event(namespace: str, **changes: Any) -> Object:
@@ -324,10 +314,9 @@ def pod_acts(namespace: str, name: str) -> Iterator[Act]:
     for what, body in TO_A_POD.items():
         yield Act(f"pod: {what}", "PATCH", pod + MANAGER, body)
     ephemeral = {"spec": {"ephemeralContainers": [SECOND]}}
-    named, node = {"name": name}, {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": named}
-    binding = {"apiVersion": "v1", "kind": "Binding", "metadata": named, "target": node}
-    new = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "new"}, "spec": pod_spec()}
+    node = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
+    eviction, new = thing("Eviction", name, "policy/v1"), thing("Pod", spec=pod_spec())
+    binding = thing("Binding", name, target=node)
     mark = annotate(**{COST: "-9"})
     yield Act("pod: read", "GET", pod)
     yield Act("pods: watch", "GET", f"{pods}?watch=true")
@@ -341,7 +330,7 @@ def pod_acts(namespace: str, name: str) -> Iterator[Act]:
     yield Act("pod: evict", "POST", f"{pod}/eviction", eviction)
     yield Act("pod: bind to a node", "POST", f"{pod}/binding", binding)
     yield Act("pod: bind to a node, the old way", "POST", f"{core}/bindings", binding)
-    yield Act("pod: replace", "PUT", pod, {**new, "metadata": named})
+    yield Act("pod: replace", "PUT", pod, thing("Pod", name, spec=pod_spec()))
     yield Act("a pod of nobody's: mark", "PATCH", f"{pods}/{OTHER}{MANAGER}", mark)
     yield Act("pod: delete", "DELETE", pod)
     yield Act("pods: delete all", "DELETE", pods)
@@ -383,10 +372,11 @@ def event_acts(namespace: str) -> Iterator[Act]:
     }
     for what, changes in wrong.items():
         yield Act(f"Event: {what}", "POST", events + MANAGER, event(namespace, **changes))
-    note = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": named,
-            "eventTime": micro, "reportingController": "queue-scaler",
-            "reportingInstance": "queue-scaler", "action": "Scale", "type": "Normal",
-            "reason": "SuccessfulRescale", "regarding": about, "note": "x"}  # fmt: skip
+    note = thing(
+        "Event", named["name"], "events.k8s.io/v1", eventTime=micro, note="x", regarding=about,
+        reportingController="queue-scaler", reportingInstance="queue-scaler", action="Scale",
+        type="Normal", reason="SuccessfulRescale",
+    )  # fmt: skip
     newer = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
     yield Act("Event: through events.k8s.io", "POST", newer, note)
     yield Act("Events: list", "GET", events)
@@ -400,15 +390,12 @@ def foreign_acts(namespace: str, elsewhere: str) -> Iterator[Act]:
     group = "rbac.authorization.k8s.io"
     rbac, bindings = (f"/apis/{group}/v1/namespaces/{namespace}",
                       f"/apis/{group}/v1/clusterrolebindings")  # fmt: skip
-    admin = {
-        "apiVersion": f"{group}/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": "queue-scaler-e2e-admin"},
-        "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": "cluster-admin"},
-        "subjects": [{"kind": "ServiceAccount", "name": "queue-scaler", "namespace": namespace}],
-    }
-    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "new"}}
-    token = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    role = {"apiGroup": group, "kind": "ClusterRole", "name": "cluster-admin"}
+    subject = {"kind": "ServiceAccount", "name": "queue-scaler", "namespace": namespace}
+    admin = thing("ClusterRoleBinding", "queue-scaler-e2e-admin", f"{group}/v1", roleRef=role,
+                  subjects=[subject])  # fmt: skip
+    config_map = thing("ConfigMap")
+    token = thing("TokenRequest", "", "authentication.k8s.io/v1", spec={})
     account, unlabel = f"{core}/serviceaccounts/queue-scaler", {MINE + "guardrails": None}
     policies = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
     mark, scale = annotate(**{COST: "1"}), {"spec": {"replicas": 3}}
@@ -585,8 +572,7 @@ def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
     checks.that("guardrails.yaml has no type warnings", no_type_warnings)
     for act in life(here, own_pod(here)):
         answer = tried(scaler, act)
-        good = 200 <= answer.status < 300
-        checks.note(f"may: {act.what}", None if good else str(answer))
+        checks.answer(f"may: {act.what}", answer, 200 <= answer.status < 300)
     pod = own_pod(here)
     before = state(namespaces, pod)
     strange = f"{paths(here)[1]}/pods/{own_pod(here, OTHER)}{MANAGER}"
@@ -594,7 +580,7 @@ def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
     for act in [*acts(here, namespaces[1], pod), mark]:
         answer = tried(scaler, act)
         by = "admission" if by_guardrails(answer) else "RBAC"
-        checks.note(f"may not: {act.what}", None if answer.status == 403 else str(answer), by)
+        checks.answer(f"may not: {act.what}", answer, answer.status == 403, by)
     after = state(namespaces, pod)
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     checks.note("nothing has changed by it", f"{sorted(changed)}" if changed else None)
@@ -608,12 +594,11 @@ def try_pauses(checks: Checks, scaler: Account, namespace: str) -> None:
         kubectl("annotate", "--overwrite", "-n", namespace, "deployment", NAME, *words)
         answer = scaler.ask("PATCH", path, {"spec": {"replicas": replicas}})
         right = answer.status == 200 if allowed else by_guardrails(answer)
-        name = f"{'may' if allowed else 'may not'}: set {replicas} where {pause}"
-        checks.note(name, None if right else str(answer))
+        may = "may" if allowed else "may not"
+        checks.answer(f"{may}: set {replicas} where {pause}", answer, right)
         for each in names:
             answer = scaler.ask("PATCH", path, annotate(**{each: None}))
-            right = by_guardrails(answer)
-            checks.note(f"may not: remove {each} of {pause}", None if right else str(answer))
+            checks.answer(f"may not: remove {each} of {pause}", answer, by_guardrails(answer))
         kubectl("annotate", "-n", namespace, "deployment", NAME, *(f"{each}-" for each in names))
 
 
@@ -628,9 +613,8 @@ def try_wide_role(checks: Checks, scaler: Account, namespaces: list[str]) -> Non
     for act in acts(here, namespaces[1], own_pod(here)):
         if act.method == "GET" or within not in act.path or act.what in OPENED:
             continue
-        answer = tried(scaler, act)
-        problem = None if by_guardrails(answer) else str(answer)
-        checks.note(f"may not, with every right in the namespace: {act.what}", problem)
+        answer, name = tried(scaler, act), f"with every right in the namespace: {act.what}"
+        checks.answer(f"may not, {name}", answer, by_guardrails(answer))
 
 
 def try_names(checks: Checks, namespaces: list[str]) -> None:

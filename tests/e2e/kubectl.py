@@ -106,6 +106,9 @@ class Checks:
             self.failed.append(name)
             print(f"FAIL  {name}: {problem}", flush=True)
 
+    def answer(self, name: str, answer: Answer, right: bool, detail: str = "") -> None:
+        self.note(name, None if right else str(answer), detail)
+
     def that(self, name: str, check: Callable[[], str]) -> bool:
         """A check that raises AssertionError or KubectlError, or returns a detail to show."""
         try:
