@@ -273,8 +273,17 @@ def test_a_pause_binds_it(pause: dict[str, str], replicas: int, allowed: bool) -
     new = patched(old, {"spec": {"replicas": replicas}})
     assert (refusals("deployments", old, new) == []) is allowed
     for name in pause:
-        removal = {"metadata": {"annotations": {MINE + name: None}}}
+        removal = forbidden.annotate(**{MINE + name: None})
         assert refusals("deployments", old, patched(old, removal)), f"it may remove {name}"
+    stamp = forbidden.annotate(**{scaler.FAILING_SINCE: "2026-01-01T00:00:00Z"})
+    assert not refusals("deployments", old, patched(old, stamp))
+
+
+def test_it_may_remove_the_last_annotation() -> None:
+    old, new = deployment(), deployment()
+    old["metadata"]["annotations"] = {scaler.RECOMMENDATIONS: "1767225600:3"}
+    del new["metadata"]["annotations"]
+    assert not refusals("deployments", old, new)
 
 
 def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:

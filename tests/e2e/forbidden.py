@@ -599,6 +599,8 @@ def try_pauses(checks: Checks, scaler: Account, namespace: str) -> None:
         for each in names:
             answer = scaler.ask("PATCH", path, annotate(**{each: None}))
             checks.answer(f"may not: remove {each} of {pause}", answer, by_guardrails(answer))
+        stamp = scaler.ask("PATCH", path, annotate(**{MINE + "queue-failing-since": WHEN}))
+        checks.answer(f"may: stamp a failure where {pause}", stamp, stamp.status == 200)
         kubectl("annotate", "-n", namespace, "deployment", NAME, *(f"{each}-" for each in names))
 
 
