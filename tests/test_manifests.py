@@ -300,6 +300,7 @@ def test_the_pods_meet_the_pod_security_standard_restricted_and_have_the_images_
         "readOnlyRootFilesystem": True,
     }  # fmt: skip
     forbidden = {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
+    assert job_of(with_comments())["template"]["spec"]["hostUsers"] is False
     assert not (forbidden | {"ports", "lifecycle", "livenessProbe"}) & {*spec, *only}
     volumes = job_of(with_comments())["template"]["spec"]["volumes"]
     assert [set(each) - {"name"} for each in volumes] == [{"projected"}, {"secret"}]
@@ -329,6 +330,8 @@ def test_the_cronjob_its_jobs_and_its_pods_tell_whose_they_are() -> None:
     expected = {"app": "queue-scaler", "app.kubernetes.io/instance": NAME}
     for each in (one("cronjob.yaml", "CronJob"), template, template["spec"]["template"]):
         assert each["metadata"]["labels"] == expected
+    selector = one("examples/networkpolicy.yaml", "NetworkPolicy")["spec"]["podSelector"]
+    assert selector["matchLabels"].items() <= expected.items()
 
 
 def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> None:
