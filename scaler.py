@@ -674,8 +674,8 @@ def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
     if inputs.current > 0 or settings.min_replicas == 0 or inputs.own_zero:
         return None
     why = f"somebody set 0 replicas although MIN_REPLICAS={settings.min_replicas}"
-    hold: Hold = ("ScalingDisabled", ", switched off until somebody scales it to 1 or more")
-    return conclude(inputs, hold, "ScalingDisabled", why)
+    off: Hold = ("ScalingDisabled", ", switched off until somebody scales it to 1 or more")
+    return conclude(inputs, off, "ScalingDisabled", why)
 
 
 def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
@@ -1820,11 +1820,11 @@ def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
         run.resting = False
 
 
-def watch(run: Run, seconds: int) -> None:
+def watch(run: Run, budget: int) -> None:
     """End the run on SIGTERM, on SIGINT, and when its time is up, whatever the main thread is
     waiting for: no timeout of a client covers an answer that drips in, or a name server."""
-    received = signal.sigtimedwait(SIGNALS, max(0.0, run.started + seconds - time.monotonic()))
-    why = f"out of time (TIMEOUT_SECONDS={seconds})"
+    received = signal.sigtimedwait(SIGNALS, max(0.0, run.started + budget - time.monotonic()))
+    why = f"out of time (TIMEOUT_SECONDS={budget})"
     if received:
         why = f"ended by {signal.Signals(received.si_signo).name}"
     exit_code = 128 + received.si_signo if received else 1
