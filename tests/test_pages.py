@@ -118,7 +118,7 @@ def test_both_languages_have_the_same_sections_tables_code_and_links(
     def skeleton(page: Path) -> dict[str, object]:
         """All of a page that no translation touches."""
         code = [
-            (language, re.sub(r"\s+# .*$", "", body, flags=re.MULTILINE))
+            (language, re.sub(r"(^|\s+)# .*$", "", body, flags=re.MULTILINE))
             for language, body in FENCE.findall(page.read_text())
         ]
         links = re.findall(r"\]\(([^)#]+)", prose(page).replace(".ko.md", ".md"))
