@@ -433,6 +433,7 @@ ASKED_ONLY = (
     "delete clusterrolebinding",
     "delete pod POD",
     "delete scaledobject",
+    "delete validatingadmissionpolicy",
     "get deployments --all-namespaces",
     "get mutatingwebhookconfigurations",
     "kubectl apply",
@@ -460,7 +461,8 @@ def test_kubectl_does_what_the_page_tells_it(
     asked_only = any(part in command for part in ASKED_ONLY)
     done = typed(f"timeout 3 {command}" if asked_only else command, world)
     said = f"{command}\n{done.stdout}{done.stderr}"
-    assert not re.search(r"unknown (shorthand )?(flag|command)|[Uu]sage:|invalid", said), said
+    refused = r"unknown (shorthand )?(flag|command)|[Uu]sage:|invalid|have a resource type"
+    assert not re.search(refused, said), said
     assert " -l " not in command or "No resources found" not in done.stderr, said
     assert done.returncode == 0 or (asked_only and cluster.asked), said
 

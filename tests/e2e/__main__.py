@@ -238,7 +238,7 @@ def check_site(checks: Checks, here: Site) -> None:
         ("pause: queue-scaler/paused=true", pause),
         ("resume: queue-scaler/paused-", resume),
         ("cooldown reset by annotation: a scale-down, and the busy pod stays", scale_down),
-        ("history: the command of docs/operations.md", history),
+        ("history: the README's table", history),
         ("guardrails: kubectl set image --as the scaler is refused", refusal),
     ]
     for name, step in steps:

@@ -17,6 +17,17 @@ RESOURCES = {
     "batch/v1": {"cronjobs": "CronJob", "jobs": "Job"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy"},
+    "rbac.authorization.k8s.io/v1": {
+        "roles": "Role",
+        "rolebindings": "RoleBinding",
+        "clusterrolebindings": "ClusterRoleBinding",
+    },
+    "admissionregistration.k8s.io/v1": {
+        "validatingadmissionpolicies": "ValidatingAdmissionPolicy",
+        "validatingadmissionpolicybindings": "ValidatingAdmissionPolicyBinding",
+        "mutatingwebhookconfigurations": "MutatingWebhookConfiguration",
+    },
+    "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},
 }
 SHORT_NAMES = {"horizontalpodautoscalers": ["hpa"]}
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
