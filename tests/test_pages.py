@@ -3,6 +3,7 @@ script, the fakes and the repository."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -384,7 +385,8 @@ def test_the_bound_that_the_pages_name_is_that_of_the_guardrails() -> None:
 
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not on the PATH")
-SCALER_LABELS = {"app": "queue-scaler", "app.kubernetes.io/instance": NAME}
+CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
+SCALER_LABELS = CRONJOB["metadata"]["labels"]
 
 
 @pytest.fixture
@@ -394,7 +396,7 @@ def kubectl_world(tmp_path: Path) -> Iterator[tuple[ForKubectl, World]]:
     with cluster, FakeFirestore(project=PROJECT) as queue:
         cluster.add_deployment(NAME, replicas=1)
         cluster.add_pod("queue-scaler-1", SCALER_LABELS)
-        cronjob = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
+        cronjob = copy.deepcopy(CRONJOB)
         cronjob["metadata"] |= {"namespace": "default", "uid": "1", "resourceVersion": "1"}
         cluster.objects = {
             "cronjobs": {"queue-scaler": cronjob},
@@ -461,7 +463,9 @@ def test_kubectl_does_what_the_page_tells_it(
     asked_only = any(part in command for part in ASKED_ONLY)
     done = typed(f"timeout 3 {command}" if asked_only else command, world)
     said = f"{command}\n{done.stdout}{done.stderr}"
-    refused = r"unknown (shorthand )?(flag|command)|[Uu]sage:|invalid|have a resource type"
+    for selector in re.findall(r" -l (\S+)", command):
+        assert set(selector.split(",")) <= {f"{k}={v}" for k, v in SCALER_LABELS.items()}, said
+    refused = r"unknown (shorthand )?(flag|command)|[Uu]sage:|See 'kubectl|invalid|have a resource"
     assert not re.search(refused, said), said
     assert " -l " not in command or "No resources found" not in done.stderr, said
     assert done.returncode == 0 or (asked_only and cluster.asked), said
