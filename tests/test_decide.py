@@ -24,7 +24,7 @@ NOTHING = State()
 def ago(seconds: float, direction: str | None = "up") -> State:
     return State(
         last_scale_time=START - timedelta(seconds=seconds),
-        last_direction=direction,
+        last_scale=direction,
     )
 
 
@@ -310,8 +310,8 @@ settings_drawn = st.builds(
 states = st.builds(
     State,
     last_scale_time=st.none() | st.integers(-100, 500).map(lambda s: START - timedelta(seconds=s)),
-    last_direction=st.sampled_from(["up", "down", None]),
-    history=st.lists(
+    last_scale=st.sampled_from(["up", "down", None]),
+    recommendations=st.lists(
         st.tuples(st.integers(-500, 0).map(lambda s: int(START.timestamp()) + s),
                   st.integers(0, 25)),
         max_size=6,
@@ -367,10 +367,10 @@ def test_a_second_identical_run_changes_nothing(settings: Settings, seen: Inputs
     first = decide(settings, seen)
     assert first.replicas is not None
     history = first.annotations.get(scaler.RECOMMENDATIONS)
-    state = replace(seen.state, history=scaler.read_history(history) if history else ())
+    state = replace(seen.state, recommendations=scaler.read_history(history) if history else ())
     if first.replicas != seen.current:
         direction = "up" if first.replicas > seen.current else "down"
-        state = replace(state, last_scale_time=START, last_direction=direction)
+        state = replace(state, last_scale_time=START, last_scale=direction)
         if settings.scale_up_cooldown_seconds == 0 or settings.scale_down_cooldown_seconds == 0:
             return  # without a cooldown the next step may follow at once
     second = decide(settings, replace(seen, current=first.replicas, state=state))
@@ -384,7 +384,7 @@ def test_an_unreadable_queue_never_removes_a_pod(
 ) -> None:
     settings = replace(SETTINGS, max_replicas=20, fallback_replicas=fallback)
     since = START - timedelta(seconds=failing_seconds)
-    seen = replace(seen, state=replace(seen.state, failing_since=since))
+    seen = replace(seen, state=replace(seen.state, queue_failing_since=since))
     problem = scaler.QueueFailure("QueueUnavailable", "no answer")
     decision = scaler.without_queue(settings, seen, problem)
     assert decision.replicas is not None
@@ -395,7 +395,7 @@ def test_an_unreadable_queue_never_removes_a_pod(
 
 NO_ANSWER = scaler.QueueFailure("QueueUnavailable", "no answer")
 FALLBACK = replace(SETTINGS, max_replicas=9, fallback_replicas=5)
-LONG_AGO = State(failing_since=START - timedelta(days=1))
+LONG_AGO = State(queue_failing_since=START - timedelta(days=1))
 UNREADABLE = {
     "the fallback adds pods": (FALLBACK, observed(3, state=LONG_AGO), 5, "Fallback"),
     "a person's number is not acted against": (

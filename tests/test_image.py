@@ -231,6 +231,12 @@ def added_bytes(build: Builder, image: str) -> int:
     return sum(now.st_size for path, now in own.items() if changed(path, now))
 
 
+def measure(build: Builder) -> tuple[int, int]:
+    """Bytes that the build and a plain install add to the base."""
+    build_plain(build)
+    return added_bytes(build, IMAGE), added_bytes(build, PLAIN)
+
+
 # ------------------------------------------------------------------------------------- the tests
 
 
@@ -448,7 +454,6 @@ def test_the_image_has_byte_code_for_each_of_its_modules(image: Image) -> None:
 
 
 def test_the_image_adds_much_less_than_a_plain_install_would(build: Builder) -> None:
-    build_plain(build)
-    image, plain = added_bytes(build, IMAGE), added_bytes(build, PLAIN)
+    image, plain = measure(build)
     print(f"\n{image / 1e6:.1f} MB instead of {plain / 1e6:.1f} MB: {image / plain:.2f}")
     assert image / plain <= RATIO

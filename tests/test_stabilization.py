@@ -65,7 +65,7 @@ class Scaler:
 
     def stabilize(self, now: int, current: int, desired: int) -> int:
         history = scaler.read_history(self.annotation) if self.annotation else ()
-        when, state = datetime.fromtimestamp(now, UTC), scaler.State(history=history)
+        when, state = datetime.fromtimestamp(now, UTC), scaler.State(recommendations=history)
         decision = decide(self.settings, Inputs(when, current, state, QueueLength(desired)))
         self.annotation = decision.annotations[scaler.RECOMMENDATIONS]
         assert decision.replicas is not None

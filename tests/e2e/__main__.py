@@ -276,18 +276,15 @@ def scale_down(here: Site) -> str:
 
 
 def history(here: Site) -> str:
-    """history: the README's table"""
-    readme = (REPOSITORY / "README.md").read_text()
-    command = re.search(
-        r"kubectl (get pods -l app=queue-scaler .*)-o custom-columns='(.*)'", readme
-    )
-    assert command, "README.md has no such command"
-    options = command[1].split()
-    table = here.kubectl(*options, "-o", f"custom-columns={command[2]}").splitlines()
+    """history: the table of docs/operations.md"""
+    page = (REPOSITORY / "docs/operations.md").read_text()
+    command = re.search(r"kubectl (get pods -l app=queue-scaler.*)-o jsonpath='(.*?)'", page)
+    assert command, "docs/operations.md has no such command"
+    rows = here.kubectl(*command[1].split(), "-o", f"jsonpath={command[2]}").splitlines()
     told = [record["message"] for record in here.records]
-    missing = [message for message in told if not any(message in row for row in table)]
-    assert not missing, f"{missing} not in {table}"
-    return f"{len(table) - 1} runs"
+    missing = [message for message in told if not any(message in row for row in rows)]
+    assert not missing, f"{missing} not in {rows}"
+    return f"{len(rows)} runs"
 
 
 def polling(here: Site) -> str:

@@ -167,11 +167,12 @@ def life(namespace: str, pod: str) -> Iterator[Act]:
 
 
 def forged(change: Callable[[Object], Any]) -> Callable[[Any], Object]:
-    """A patch that changes the entry of whoever made the Deployment."""
+    """A patch that changes the entry of whoever made the Deployment or the pod."""
 
     def body(old: Any) -> Object:
         entries = copy.deepcopy(old["metadata"]["managedFields"])
-        change(next(e for e in entries if "f:template" in e["fieldsV1"].get("f:spec", {})))
+        made = {"f:template", "f:containers"}
+        change(next(e for e in entries if made & {*e["fieldsV1"].get("f:spec", {})}))
         return {"metadata": {"managedFields": entries}}
 
     return body
@@ -275,6 +276,7 @@ TO_A_POD: dict[str, Any] = {
     "tolerate a taint": [{"op": "add", "path": "/spec/tolerations/-",
                           "value": {"key": "example.com/new", "operator": "Exists"}}],
     "add an annotation of the Deployment's": annotate(**{MINE + "last-scale": "x"}),
+    "forge others' records": forged(lambda entry: entry.update(manager="ci")),
     "hide a change behind a mark": annotate(**{COST: "0", "example.com/note": "x"}),
 }
 # fmt: on
@@ -562,8 +564,8 @@ def in_force(scaler: Account, namespace: str) -> bool:
 def tried(scaler: Account, act: Act) -> Answer:
     old = {}
     if callable(act.body):
-        namespace, name = act.path.split("/")[5], act.path.split("/")[7].partition("?")[0]
-        old = read("deployment", name, "-n", namespace, "--show-managed-fields")
+        namespace, kind, name = act.path.partition("?")[0].split("/")[-3:]
+        old = read(kind, name, "-n", namespace, "--show-managed-fields")
     return scaler.ask(act.method, act.path, act.sent(old))
 
 
