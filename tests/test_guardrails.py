@@ -315,8 +315,16 @@ def test_the_longest_history_that_looks_every_second_leave_fits_with_little_room
 
 # managedFields before and after a scale, and what the API server itself does to the entries
 
-TIME: Object = {"f:annotations": {f"f:{scaler.LAST_SCALE_TIME}": {}}}
-PAUSE: Object = {"f:annotations": {f"f:{scaler.PAUSED}": {}}}
+
+def keys(*names: str, under: str = "annotations") -> Object:
+    return {f"f:{under}": {name if name == "." else f"f:{name}": {} for name in names}}
+
+
+TIME, PAUSE = keys(scaler.LAST_SCALE_TIME), keys(scaler.PAUSED)
+BOTH, X, XY = keys(scaler.LAST_SCALE_TIME, scaler.PAUSED), keys("x"), keys("x", "y")
+LABEL_X, LABEL_XY = keys("x", under="labels"), keys("x", "y", under="labels")
+OWN_AS_LABEL = keys(scaler.LAST_SCALE_TIME, under="labels")
+DEEPER: Object = {"f:template": {"f:spec": {"f:containers": {}}}}
 OWN = entry("queue-scaler", spec=REPLICAS, metadata=TIME)
 CI, PERSON = entry("ci", "Apply", spec=TEMPLATE), entry("kubectl-annotate", metadata=PAUSE)
 OLD = entry("a", spec=TEMPLATE)
@@ -349,6 +357,31 @@ OLD = entry("a", spec=TEMPLATE)
          [entry("ancient-changes", spec=REPLICAS), OWN], False),
         ([entry("ci/scale", spec=TEMPLATE)], [entry("ci", spec=TEMPLATE)], False),
         ([OLD], [entry("ancient-changes", "Apply", spec=TEMPLATE)], False),
+        ([entry("a", metadata=BOTH)], [entry("a", metadata=PAUSE), OWN], True),
+        ([entry("a", metadata=BOTH)], [entry("a", metadata=TIME), OWN], False),
+        ([entry("a", metadata=TIME)], [entry("a", metadata=BOTH)], False),
+        ([entry("a", metadata=LABEL_XY)], [entry("a", metadata=LABEL_X)], False),
+        ([entry("a", metadata=LABEL_X)], [entry("a", metadata=LABEL_XY)], False),
+        ([entry("a", metadata=keys(".", scaler.LAST_SCALE_TIME))], [OWN], True),
+        ([entry("a", metadata=keys(".", scaler.LAST_SCALE_TIME, "x"))],
+         [entry("a", metadata=X), OWN], True),
+        ([CI], [entry("ci", "Apply", spec=DEEPER)], False),
+        ([entry("a", status=REPLICAS)], [OWN], False),
+        ([entry("a", spec=TIME)], [OWN], False),
+        ([entry("a", metadata=OWN_AS_LABEL)], [OWN], False),
+        ([entry("a", metadata=BOTH)], [entry("ancient-changes", metadata=PAUSE), OWN], True),
+        ([entry("a", metadata=XY)], [entry("ancient-changes", metadata=X), OWN], False),
+        ([entry("a", metadata=X)], [entry("ancient-changes", metadata=XY), OWN], False),
+        ([entry("a", metadata=LABEL_XY)], [entry("ancient-changes", metadata=LABEL_X)], False),
+        ([entry("a", metadata=LABEL_X)], [entry("ancient-changes", metadata=LABEL_XY)], False),
+        ([entry("a", metadata=X)], [entry("ancient-changes", metadata={**X, **LABEL_X})], False),
+        ([entry("a", metadata=X)], [entry("ancient-changes", metadata=X, spec=TEMPLATE)], False),
+        ([], [entry("queue-scaler", status=REPLICAS)], False),
+        ([], [entry("queue-scaler", spec=TIME)], False),
+        ([], [entry("queue-scaler", metadata=OWN_AS_LABEL)], False),
+        ([], [entry("queue-scaler", spec={"f:replicas": TEMPLATE})], False),
+        ([], [entry("queue-scaler", metadata={"f:annotations": {"f:" + scaler.LAST_SCALE: X}})],
+         False),
         ([], [entry("queue-scaler", spec=TEMPLATE)], False),
         ([], [entry("queue-scaler", metadata=PAUSE)], False),
         ([], [entry("queue-scaler", "Apply", spec=REPLICAS)], False),
