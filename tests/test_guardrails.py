@@ -221,7 +221,8 @@ def created(event: Object) -> Object:
     """An Event as admission sees it."""
     event = {"eventTime": None, **copy.deepcopy(event)}
     now = forbidden.event("default")["firstTimestamp"]
-    event["metadata"] |= {"creationTimestamp": now, "uid": "1"}
+    written = entry("queue-scaler", count={}, message={}, source={"f:component": {}})
+    event["metadata"] |= {"creationTimestamp": now, "uid": "1", "managedFields": [written]}
     return event
 
 
@@ -289,7 +290,15 @@ def test_it_may_remove_the_last_annotation() -> None:
 def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
     mark = {"metadata": {"annotations": {COST: "1"}}}
     nobodys = {**pod(), "metadata": {**pod()["metadata"], "ownerReferences": []}}
-    for each in (pod(OTHER), pod(f"{NAME}-canary"), nobodys):
+    others = [pod(OTHER), pod(f"{NAME}-canary"), nobodys]
+    for change in (
+        {"kind": "StatefulSet"},
+        {"apiVersion": "example.com/v1"},
+        {"controller": False},
+    ):
+        others.append(pod())
+        others[-1]["metadata"]["ownerReferences"][0] |= change
+    for each in others:
         assert refusals("pods", each, patched(each, mark))
     assert not refusals("pods", pod(), patched(pod(), mark))
 
@@ -376,6 +385,7 @@ OLD = entry("a", spec=TEMPLATE)
         ([entry("a", metadata=LABEL_X)], [entry("ancient-changes", metadata=LABEL_XY)], False),
         ([entry("a", metadata=X)], [entry("ancient-changes", metadata={**X, **LABEL_X})], False),
         ([entry("a", metadata=X)], [entry("ancient-changes", metadata=X, spec=TEMPLATE)], False),
+        ([], [entry("queue-scaler", metadata=keys(".", scaler.LAST_SCALE_TIME))], True),
         ([], [entry("queue-scaler", status=REPLICAS)], False),
         ([], [entry("queue-scaler", spec=TIME)], False),
         ([], [entry("queue-scaler", metadata=OWN_AS_LABEL)], False),

@@ -191,8 +191,8 @@ def take(*path: str, **fields: Any) -> Callable[[Object], Any]:
 
 
 def with_own_entry(old: Any) -> Object:
-    entry = {"manager": "queue-scaler", "operation": "Update", "apiVersion": "apps/v1",
-             "fieldsType": "FieldsV1", "time": WHEN,
+    entry = {"manager": "queue-scaler", "operation": "Update",
+             "apiVersion": old["apiVersion"], "fieldsType": "FieldsV1", "time": WHEN,
              "fieldsV1": {"f:spec": {"f:template": {}, "f:strategy": {}}}}  # fmt: skip
     return {"metadata": {"managedFields": [*old["metadata"]["managedFields"], entry]}}
 
@@ -277,6 +277,7 @@ TO_A_POD: dict[str, Any] = {
                           "value": {"key": "example.com/new", "operator": "Exists"}}],
     "add an annotation of the Deployment's": annotate(**{MINE + "last-scale": "x"}),
     "forge others' records": forged(lambda entry: entry.update(manager="ci")),
+    "forge a record of its own": with_own_entry,
     "hide a change behind a mark": annotate(**{COST: "0", "example.com/note": "x"}),
 }
 # fmt: on
