@@ -291,16 +291,38 @@ def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
     mark = {"metadata": {"annotations": {COST: "1"}}}
     nobodys = {**pod(), "metadata": {**pod()["metadata"], "ownerReferences": []}}
     others = [pod(OTHER), pod(f"{NAME}-canary"), nobodys]
-    for change in (
-        {"kind": "StatefulSet"},
-        {"apiVersion": "example.com/v1"},
-        {"controller": False},
-    ):
+    changes: list[Object] = [{"kind": "StatefulSet"}, {"apiVersion": "example.com/v1"},
+                             {"controller": False}, {"name": f"{NAME}-other"}]  # fmt: skip
+    for change in changes:
         others.append(pod())
         others[-1]["metadata"]["ownerReferences"][0] |= change
     for each in others:
         assert refusals("pods", each, patched(each, mark))
     assert not refusals("pods", pod(), patched(pod(), mark))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        entry("kubelet", count={}),
+        entry("queue-scaler", **{f"field-{number}": {} for number in range(13)}),
+        entry("queue-scaler", count={f"f:{number}": {} for number in range(9)}),
+        entry("queue-scaler", **{"x" * 40: {}}),
+        entry("queue-scaler", count={"f:" + "x" * 40: {}}),
+        entry("queue-scaler", count={"f:x": {"f:y": {}}}),
+    ],
+)
+def test_the_managed_fields_of_an_event_are_few_and_its_own(forged: Object) -> None:
+    event = created(forbidden.event("default"))
+    assert not refusals("events", None, event, operation="CREATE")
+    event["metadata"]["managedFields"] = [forged]
+    assert refusals("events", None, event, operation="CREATE")
+
+
+def test_an_event_has_no_event_time() -> None:
+    """A real API server refuses it before admission."""
+    event = created(forbidden.event("default", eventTime="2026-01-01T00:00:00.000000Z"))
+    assert refusals("events", None, event, operation="CREATE")
 
 
 def test_the_longest_history_that_looks_every_second_leave_fits_with_little_room() -> None:

@@ -361,7 +361,7 @@ def event_acts(namespace: str) -> Iterator[Act]:
         "with a long message": {"message": "x" * 1025},
         "of the year 2099": dict.fromkeys(both, "2099-01-01T00:00:00Z"),
         "of long ago": dict.fromkeys(both, "2020-01-01T00:00:00Z"),
-        "of two times": {"firstTimestamp": "2020-01-01T00:00:00Z"},
+        "of two times": {"lastTimestamp": "2099-01-01T00:00:00Z"},
         "a thousand times": {"count": 1000},
         "with a finalizer": {"metadata": {**named, "finalizers": ["example.com/stay"]}},
         "with an owner": {"metadata": {**named, "ownerReferences": [OWNER]}},
