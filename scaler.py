@@ -226,10 +226,8 @@ def parse_filter(triple: object) -> Filter:
     if op not in ("==", "!=") and (value is None or value != value):
         raise ValueError(f"null goes with == and != only, not with {op}")
     if not encodable(value):
-        limits = (
-            "whole numbers have at most 64 bits, text is Unicode, and values are nested at most"
-        )
-        raise ValueError(f"{quoted(value)} cannot be sent: {limits} {MAP_DEPTH} deep")
+        limits = f"at most 64 bits a number, text is Unicode, nested at most {MAP_DEPTH} deep"
+        raise ValueError(f"{quoted(value)} cannot be sent: {limits}")
     return api_field_path(name), op, value
 
 
