@@ -319,10 +319,12 @@ def test_the_managed_fields_of_an_event_are_few_and_its_own(manager: str, fields
     assert refusals("events", None, event, operation="CREATE")
 
 
-def test_an_event_has_no_event_time() -> None:
-    """A real API server refuses it before admission."""
-    event = created(forbidden.event("default", eventTime="2026-01-01T00:00:00.000000Z"))
-    assert refusals("events", None, event, operation="CREATE")
+def test_an_event_has_no_event_time_and_is_about_its_own_namespace() -> None:
+    """A real API server refuses both before admission."""
+    about = {**forbidden.event("default")["involvedObject"], "namespace": "other"}
+    for change in ({"eventTime": "2026-01-01T00:00:00.000000Z"}, {"involvedObject": about}):
+        event = created(forbidden.event("default", **change))
+        assert refusals("events", None, event, operation="CREATE"), change
 
 
 def test_the_longest_history_that_looks_every_second_leave_fits_with_little_room() -> None:

@@ -351,6 +351,8 @@ def event_acts(namespace: str) -> Iterator[Act]:
         "about another Deployment": {"involvedObject": {**about, "name": OTHER}},
         "about no Deployment": {"involvedObject": {**about, "name": "nobody"}},
         "about another API": {"involvedObject": {**about, "apiVersion": "evil/v9"}},
+        "about another kind": {"involvedObject": {**about, "kind": "StatefulSet"}},
+        "about a long uid": {"involvedObject": {**about, "uid": "x" * 65}},
         "about a field": {"involvedObject": {**about, "fieldPath": "spec"}},
         "with another reason": {"reason": "Killing"},
         "of the type Warning": {"type": "Warning"},
