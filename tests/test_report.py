@@ -14,12 +14,14 @@ from tests.support.firestore import FakeFirestore
 from tests.support.world import World
 
 
+@pytest.mark.slow
 def test_a_path_that_was_set_is_created(world: World, tmp_path: Path) -> None:
     log = tmp_path / "not" / "there" / "yet"
     world.start(log=log, MIN_REPLICAS="none").communicate()
     assert json.loads(log.read_text())["reason"] == "InvalidSettings"
 
 
+@pytest.mark.slow
 def test_the_default_is_written_only_where_it_exists(world: World) -> None:
     default = Path(scaler.DEFAULT_TERMINATION_LOG)
     existed = default.exists()
@@ -27,6 +29,7 @@ def test_the_default_is_written_only_where_it_exists(world: World) -> None:
     assert default.exists() is existed
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_written_is_a_warning(world: World, queue: FakeFirestore) -> None:
     process = world.start(log=world.directory)
     stdout, _ = process.communicate()

@@ -4,6 +4,7 @@ minute; and what a run leaves behind."""
 from __future__ import annotations
 
 import json
+import re
 
 from google.cloud.firestore import Client
 
@@ -64,16 +65,6 @@ def test_all_done_is_one_pod_about_five_minutes_later(emulated: World, jobs: Cli
     assert numbers == [3, 3, 3, 3, 3, 1, 1]
 
 
-def test_five_documents_take_a_deployment_from_one_to_three(emulated: World, jobs: Client) -> None:
-    wait(jobs, 5)
-    first = emulated.run()
-    assert (first.reason, emulated.replicas) == ("ScaledUp", 3), first
-    assert emulated.annotations["last-scale-time"] == "2026-01-01T00:00:00Z"
-    before = emulated.resource_version
-    second = emulated.run()
-    assert (second.reason, emulated.resource_version) == ("AtTarget", before), second
-
-
 def test_the_result_record_has_what_the_contract_says(emulated: World, jobs: Client) -> None:
     wait(jobs, 5)
     run = emulated.run()
@@ -109,10 +100,10 @@ def test_a_run_is_one_line_for_people_or_one_object_for_cloud_logging(
 def test_debug_shows_every_call_with_its_duration(emulated: World, jobs: Client) -> None:
     wait(jobs, 2)
     lines = emulated.run(LOG_LEVEL="DEBUG").stdout.splitlines()
-    debug = [line for line in lines if " DEBUG " in line]
-    for words in ("GET /apis", "counting waiting jobs", "PATCH /apis", "POST /api/v1"):
-        assert any(words in line and line.rstrip()[-1:] for line in debug), lines
-    assert all(" s" in line for line in debug)
+    debug = "\n".join(line for line in lines if " DEBUG " in line)
+    for call in ("GET /apis", "PATCH /apis", "POST /api/v1"):
+        assert re.search(rf"{call}\S*: 20\d in \d+\.\d{{3}} s", debug), debug
+    assert re.search(r"counting waiting jobs took \d+\.\d{3} s: 2", debug), debug
 
 
 def test_more_jobs_than_are_worth_counting_are_said_to_be_more(
