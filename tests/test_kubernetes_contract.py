@@ -192,7 +192,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     if request.param == "real":
         yield from real_server(E2E_KUBECONFIG)
         return
-    with FakeKubernetes(controllers="in background", nodes=(), step_seconds=0.002) as fake:
+    with FakeKubernetes(nodes=()) as fake:
         path = fake.write_kubeconfig(tmp_path / "kubeconfig")
         with config.new_client_from_config(str(path)) as api:
             yield FakeServer(api, "contract", fake)
@@ -781,7 +781,7 @@ def test_it_refuses_connections_and_takes_them_again(fake: FakeKubernetes) -> No
 
 def test_nothing_is_left_running() -> None:
     before = set(threading.enumerate())
-    with FakeKubernetes(controllers="in background") as fake:
+    with FakeKubernetes() as fake:
         fake.add_deployment("worker", replicas=2)
         fake.fault(Match(), hang())
         kept_alive = urllib3.PoolManager(retries=False, timeout=0.2)
