@@ -21,6 +21,7 @@ import scaler
 from tests.support.firestore import Fail, FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
 from tests.support.kubernetes_objects import Match, Request
+from tests.support.needs import need
 from tests.support.world import PROJECT, REPOSITORY, START, World
 
 pytestmark = pytest.mark.slow
@@ -360,9 +361,7 @@ def test_the_block_for_looking_more_often_works_as_it_stands() -> None:
 
 
 def kustomize(directory: Path) -> list[dict[str, Any]]:
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not on the PATH")
-    command = ["kubectl", "kustomize", str(directory)]
+    command = [need("kubectl"), "kustomize", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))

@@ -228,24 +228,18 @@ def crowd(world: World, cluster: FakeKubernetes, queue: FakeFirestore) -> World:
     return world
 
 
-def test_all_pages_of_pods_are_read(crowd: World) -> None:
-    run = crowd.run()
-    assert (run.exit_code, run.reason, crowd.replicas) == (0, "ScaledDown", PODS - 1), run
-    assert run.record["busy"] == 2
-    pages = crowd.cluster.calls(LIST)
-    assert [("continue" in page.query, page.query["limit"]) for page in pages] == [
-        (False, "500"),
-        (True, "500"),
-        (True, "500"),
-    ]
-
-
-def test_a_list_that_expires_between_two_pages_is_begun_afresh(crowd: World) -> None:
+def test_all_pages_are_read_and_a_list_that_expires_between_two_is_begun_afresh(
+    crowd: World,
+) -> None:
     second = Match("list", "pods", where=lambda request: "continue" in request.query)
     crowd.cluster.hook(second, lambda _: crowd.cluster.api.forget_pages())
     run = crowd.run()
     assert (run.exit_code, run.reason, run.record["busy"]) == (0, "ScaledDown", 2), run
-    assert [page.status for page in crowd.cluster.calls(LIST)] == [200, 410, 200, 200, 200]
+    assert crowd.replicas == PODS - 1
+    pages = crowd.cluster.calls(LIST)
+    assert [page.status for page in pages] == [200, 410, 200, 200, 200]
+    assert ["continue" in page.query for page in pages[2:]] == [False, True, True]
+    assert {page.query["limit"] for page in pages} == {"500"}
 
 
 def test_pages_without_end_end_with_the_budget(
