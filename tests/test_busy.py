@@ -242,15 +242,6 @@ def test_marks_are_set_only_where_they_differ(world: World, queue: FakeFirestore
     assert sorted(live(world)) == sorted([marked, unmarked]), run
 
 
-def test_a_cost_that_nobody_can_read_is_set_anew(world: World, queue: FakeFirestore) -> None:
-    busy, idle, *_ = live(world)
-    hold(queue, [busy])
-    mark(world, [busy, idle], "high")
-    run = world.run()
-    assert live(world) == [busy], run
-    assert {call.name for call in world.cluster.calls(PATCHED_POD)} == {busy, idle}, run
-
-
 # --- What happens meanwhile -----------------------------------------------------------------------
 
 
@@ -524,17 +515,6 @@ def test_the_pods_name_may_lie_deeper_in_the_document(
     jobs.put("jobs/1", {"status": "processing", "worker": {inner: busy, "node": "node-a"}})
     run = world.run(BUSY_POD_FIELD=name)
     assert (run.record["busy"], live(world)) == (1, [busy]), run
-
-
-def test_a_collection_group_is_searched_wherever_its_collections_lie(
-    either: tuple[World, Queue],
-) -> None:
-    world, jobs = either
-    first, second = live(world)[1:3]
-    jobs.put("tenants/a/jobs/1", {"status": "processing", "assignedPodId": first})
-    jobs.put("jobs/2", {"status": "processing", "assignedPodId": second})
-    run = world.run(QUEUE_COLLECTION_GROUP="true")
-    assert (run.record["busy"], sorted(live(world))) == (2, sorted([first, second])), run
 
 
 # --- Any pattern of pods: busy pods killed, with the marking and without --------------------------

@@ -635,15 +635,6 @@ def test_a_late_patch_and_its_repetition_scale_once() -> None:
         assert [call.status for call in scene.cluster.calls(PATCH)] == [504, 409]
 
 
-def test_a_conflict_makes_the_run_read_and_decide_afresh() -> None:
-    with scaling_up() as scene:
-        scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 3))
-        run = scene.world.run()
-        told(run)
-        assert (run.exit_code, run.reason, run.record["current"]) == (0, "AtTarget", 3), run
-        assert [scale.manager for scale in scene.cluster.scales] == ["kubectl"]
-
-
 def test_a_pause_that_comes_in_between_is_obeyed() -> None:
     pause = {"queue-scaler/paused": "true"}
     with scaling_up() as scene:
@@ -852,18 +843,6 @@ def test_a_termination_log_that_hangs_does_not_hold_the_run_up() -> None:
         assert time.monotonic() - begun < 2 + 2 + 1
 
 
-def test_in_json_the_line_is_the_record() -> None:
-    with scaling_up(LOG_FORMAT="json", TIMEOUT_SECONDS="2") as scene:
-        scene.cluster.fault(READ_AGAIN, kubernetes.answer(403))
-        run = scene.world.run()
-        line = json.loads(run.stdout.splitlines()[-1])
-        assert line["severity"] == "ERROR" and "AutoScaler" in line["message"]
-        same = {"time", "severity", "message"}
-        assert {k: v for k, v in line.items() if k not in same} == {
-            k: v for k, v in run.record.items() if k not in same
-        }
-
-
 # ------------------------------------------------------------------------------ the fallback
 
 UNREADABLE = Fail(StatusCode.UNKNOWN, "as the test wants it")
@@ -878,14 +857,6 @@ def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | No
         ends.append((run.exit_code, run.reason, scene.world.replicas))
         scene.world.pass_time()
     return ends
-
-
-def test_without_a_fallback_an_unreadable_queue_holds_the_replicas() -> None:
-    with scaling_down(process=False) as scene:
-        scene.queue.fault("count", UNREADABLE)
-        before = scene.world.resource_version
-        assert failing_minutes(scene, 5) == [(1, "QueueUnavailable", 3)] * 5
-        assert scene.world.resource_version == before, "nothing is written"
 
 
 def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back() -> None:

@@ -27,15 +27,9 @@ import yaml
 from kubernetes import client, config
 
 from tests.support.kubernetes import (
-    Behaviour,
     FakeKubernetes,
     Match,
-    answer,
-    cut,
-    drip,
-    garbage,
     hang,
-    reset,
 )
 from tests.support.kubernetes_controllers import deletion_order, proportional_sizes
 from tests.support.kubernetes_objects import DELETION_COST
@@ -373,9 +367,6 @@ FAILURES: dict[str, tuple[str, str, Any, int, str, str]] = {
         "PATCH", DEPLOYMENT, {"metadata": {"annotations": {"a": 1}}}, 422, "Invalid", "",
     ),
     "too many annotations": ("PATCH", DEPLOYMENT, TOO_MUCH, 422, "Invalid", "may not be more than"),
-    "a key that is none": (
-        "PATCH", DEPLOYMENT, {"metadata": {"annotations": {"a b": "1"}}}, 422, "Invalid", "",
-    ),
     "the same name again": ("POST", "deployments", None, 409, "AlreadyExists", "already exists"),
     "an Event in another namespace": ("POST", "events", None, 422, "Invalid", "does not match"),
 }  # fmt: skip
@@ -631,13 +622,6 @@ def test_the_replica_set_controller_deletes_first(first: Object, second: Object)
         assert [victim["metadata"]["name"] for victim in order] == ["z", "a"]
 
 
-def test_pods_of_nearly_the_same_age_go_by_their_uid() -> None:
-    pods = [pod("b", since=300), pod("a", since=310), pod("c", since=290)]
-    for seed in range(10):
-        order = deletion_order(pods, pods, NOW, random.Random(seed))
-        assert [victim["metadata"]["name"] for victim in order] == ["a", "b", "c"]
-
-
 @pytest.mark.parametrize(
     ("before", "after", "sizes", "expected"),
     [
@@ -691,68 +675,6 @@ def test_only_active_pods_count(fake: FakeKubernetes) -> None:
     assert len(names(fake)) == 2
 
 
-def test_requests_scales_and_victims_are_recorded(fake: FakeKubernetes) -> None:
-    before = names(fake)
-    scale_to(fake, 1)
-    fake.scale("worker", 2, manager="autoscaler")
-    [call] = fake.calls(Match("patch", "deployments"))
-    assert (call.name, call.namespace, call.status, call.user) == (
-        "worker", "default", 200, "kubernetes-admin",
-    )  # fmt: skip
-    assert call.body == scale(1)
-    assert [(s.manager, s.before, s.after) for s in fake.scales] == [
-        ("python-urllib3", 3, 1), ("autoscaler", 1, 2),
-    ]  # fmt: skip
-    assert set(fake.deleted_pods) < set(before)
-    assert len(fake.deleted_pods) == 2
-
-
-@pytest.mark.parametrize("code", [401, 403, 404, 409, 410, 422, 500, 503, 504])
-def test_a_fault_answers_as_the_api_server_would(fake: FakeKubernetes, code: int) -> None:
-    fault = fake.fault(Match("get", "deployments"), answer(code, {"Retry-After": "3"}), nth=2)
-    assert [get(fake).status, (reply := get(fake)).status, get(fake).status] == [200, code, 200]
-    assert (reply.headers["Retry-After"], json.loads(reply.data)["code"]) == ("3", code)
-    assert fault.hits == 1
-
-
-@pytest.mark.parametrize("applied", [False, True])
-@pytest.mark.parametrize("make", [reset, hang])
-def test_a_broken_connection_leaves_the_outcome_open(
-    fake: FakeKubernetes, make: Callable[[bool], Behaviour], applied: bool
-) -> None:
-    fake.fault(Match("patch"), make(applied))
-    path = "/apis/apps/v1/namespaces/default/deployments/worker"
-    with pytest.raises(urllib3.exceptions.HTTPError):
-        send(fake, "PATCH", path, scale(5), timeout=0.3)
-    assert fake.replicas("worker") == (5 if applied else 3)
-    assert [call.status for call in fake.calls(Match("patch"))] == [0]
-
-
-BROKEN = {"cut": cut(), "a drip": drip(0.1)}
-
-
-@pytest.mark.parametrize("behaviour", BROKEN.values(), ids=BROKEN)
-def test_an_answer_that_does_not_arrive_in_time(fake: FakeKubernetes, behaviour: Behaviour) -> None:
-    fake.fault(Match("get"), behaviour)
-    fake.fault(Match("get"), garbage())
-    with pytest.raises(urllib3.exceptions.HTTPError):
-        get(fake, timeout=0.05)
-    assert get(fake).data.startswith(b"<html>not")
-    assert get(fake).status == 200
-
-
-def test_hooks_run_before_and_after_a_request_takes_effect(fake: FakeKubernetes) -> None:
-    seen: list[int | None] = []
-    look = Match("patch", "deployments")
-    fake.hook(look, lambda _: seen.append(fake.replicas("worker")), "before")
-    fake.hook(look, lambda _: seen.append(fake.replicas("worker")), "after")
-    fake.hook(Match("patch"), lambda _: fake.annotate("worker", who="another"))
-    scale_to(fake, 5)
-    scale_to(fake, 6)
-    assert seen == [3, 5]
-    assert fake.annotations("worker")["who"] == "another"
-
-
 def test_of_20_writers_of_one_version_one_wins(fake: FakeKubernetes) -> None:
     version = fake.deployment("worker")["metadata"]["resourceVersion"]
     body = {"metadata": {"resourceVersion": version}, **scale(5)}
@@ -768,15 +690,6 @@ def test_of_20_writers_of_one_version_one_wins(fake: FakeKubernetes) -> None:
         thread.join()
     assert sorted(found) == [200] + [409] * 19
     assert len(fake.scales) == 1
-
-
-def test_it_refuses_connections_and_takes_them_again(fake: FakeKubernetes) -> None:
-    url = fake.url
-    fake.stop_listening()
-    with pytest.raises(urllib3.exceptions.NewConnectionError):
-        get(fake)
-    fake.resume_listening()
-    assert (fake.url, get(fake).status) == (url, 200)
 
 
 def test_nothing_is_left_running() -> None:

@@ -32,37 +32,19 @@ def minutes(world: World, number: int) -> list[Run]:
     return runs
 
 
-def test_no_waiting_job_stays_at_one_pod(emulated: World, jobs: Client) -> None:
-    finish_all(jobs)
+def test_the_guides_four_scenarios_one_after_the_other(emulated: World, jobs: Client) -> None:
     before = emulated.resource_version
-    assert [run.reason for run in minutes(emulated, 4)] == ["AtTarget"] * 4
+    assert [run.reason for run in minutes(emulated, 3)] == ["AtTarget"] * 3, "no job: 1 pod"
     assert emulated.replicas == 1 and emulated.resource_version == before
-
-
-def test_two_waiting_jobs_are_two_pods_at_the_next_run(emulated: World, jobs: Client) -> None:
-    minutes(emulated, 1)
     wait(jobs, 2)
-    assert minutes(emulated, 1)[0].reason == "ScaledUp"
-    assert emulated.replicas == 2
-
-
-def test_five_waiting_jobs_are_three_pods_the_most(emulated: World, jobs: Client) -> None:
+    assert minutes(emulated, 1)[0].reason == "ScaledUp" and emulated.replicas == 2
     wait(jobs, 5)
-    assert minutes(emulated, 1)[0].reason == "ScaledUp"
-    assert emulated.replicas == 3
-    assert [run.reason for run in minutes(emulated, 3)] == ["AtTarget"] * 3
-
-
-def test_all_done_is_one_pod_about_five_minutes_later(emulated: World, jobs: Client) -> None:
-    wait(jobs, 5)
-    minutes(emulated, 10)
-    assert emulated.replicas == 3
+    reasons = [run.reason for run in minutes(emulated, 3)]
+    assert reasons == ["ScaleUpCooldown", "ScaledUp", "AtTarget"], "two minutes after the last one"
+    assert emulated.replicas == 3, "the most"
     finish_all(jobs)
-    numbers = []
-    for _ in range(7):
-        minutes(emulated, 1)
-        numbers.append(emulated.replicas)
-    assert numbers == [3, 3, 3, 3, 3, 1, 1]
+    numbers = [emulated.replicas for _ in range(7) if minutes(emulated, 1)]
+    assert numbers == [3, 3, 3, 3, 3, 1, 1], "about 5 minutes after the jobs are done"
 
 
 def test_the_result_record_has_what_the_contract_says(emulated: World, jobs: Client) -> None:

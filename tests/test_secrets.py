@@ -142,10 +142,8 @@ def test_a_crash_shows_where_and_not_what(world: World, monkeypatch: pytest.Monk
 ODD_TOKENS = {
     "with a line end": f"{TOKEN}\n",
     "with a line break in it": f"{TOKEN}\nX-Other: {PASSWORD}",
-    "with a carriage return": f"{TOKEN}\r",
     "with a zero byte": f"{TOKEN}\0",
     "with a letter that no header takes": f"{TOKEN}é한",
-    "with the word in front": f"Bearer {TOKEN}",
     "in quotes": f'"{TOKEN}"',
 }
 
@@ -170,24 +168,14 @@ ODD_KUBECONFIGS: dict[str, Callable[[str], str]] = {
     "with an open quote": lambda text: text.replace(TOKEN, f'"{TOKEN}'),
     "with a tab": lambda text: text.replace("token: ", "\ttoken: "),
     "with an alias": lambda text: text.replace(TOKEN, f"*{TOKEN}"),
-    "with a tag": lambda text: text.replace(TOKEN, f"!{TOKEN} x"),
-    "with an anchor twice": lambda text: text.replace(TOKEN, f"&{TOKEN} *{TOKEN}"),
     "with a directive": lambda text: f"%{TOKEN}\n{text}",
-    "with a colon": lambda text: text.replace(TOKEN, f"a: b: {TOKEN}"),
     "with a list for a token": lambda text: text.replace(TOKEN, f"[{TOKEN}]"),
-    "with a map for a token": lambda text: text.replace(TOKEN, f"{{value: {TOKEN}}}"),
     "with the user's name wrong": lambda text: text.replace("name: fake", "name: other"),
-    "without contexts": lambda text: text.replace("current-context: fake", "current-context: no"),
     "cut in the middle": lambda text: text[: text.index(TOKEN) + 30],
     "that is the token only": lambda _: TOKEN,
-    "that is a list": lambda _: f"- {TOKEN}",
     "with a key that is no base64": lambda text: text.replace(
         "token: ",
         f"client-key-data: '{TOKEN}'\n    client-certificate-data: '{TOKEN}'\n    token: ",
-    ),
-    "with a key that is no key": lambda text: text.replace(
-        "token: ",
-        "client-key-data: c3dvcmRmaXNo\n    client-certificate-data: c3dvcmRmaXNo\n    token: ",
     ),
 }
 
@@ -286,16 +274,11 @@ ODD_CREDENTIALS: dict[str, str] = {
     "are good, but lead nowhere": json.dumps(SERVICE_ACCOUNT),
     "are a user's": json.dumps(AUTHORIZED_USER),
     "are cut": json.dumps(SERVICE_ACCOUNT)[:-700],
-    "are a list": json.dumps([SERVICE_ACCOUNT]),
     "are the key only": PEM,
     "have a spoilt key": json.dumps({**SERVICE_ACCOUNT, "private_key": PEM[:-200]}),
     "have a key without line ends": json.dumps(
         {**SERVICE_ACCOUNT, "private_key": PEM.replace("\n", " ")}
     ),
-    "have a key with its line ends escaped twice": json.dumps(
-        {**SERVICE_ACCOUNT, "private_key": PEM.replace("\n", "\\n")}
-    ),
-    "have a list for a key": json.dumps({**SERVICE_ACCOUNT, "private_key": [PEM]}),
     "are of a type that is none": json.dumps({**SERVICE_ACCOUNT, "type": PEM}),
     "have the key for an address": json.dumps({**SERVICE_ACCOUNT, "client_email": PEM}),
     "have no address": json.dumps(

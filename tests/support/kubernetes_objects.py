@@ -463,14 +463,6 @@ def set_defaults(kind: Kind, obj: Object) -> None:
         rolling.setdefault("maxSurge", "25%")
 
 
-_ANNOTATION_KEY = re.compile(
-    r"(?:[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?/)?[a-z0-9](?:[-\w.]{0,61}[a-z0-9])?"
-)
-_NOT_A_NAME = (
-    "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end"
-    " with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for"
-    " validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')"
-)
 _DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leading zero
 
 
@@ -494,9 +486,6 @@ def validate(kind: Kind, obj: Object) -> list[Problem]:
 def _annotation_problems(kind: Kind, annotations: Mapping[str, str]) -> list[Problem]:
     where = "metadata.annotations"
     problems = []
-    for key in annotations:
-        if not _ANNOTATION_KEY.fullmatch(key.lower()):
-            problems.append(Problem(where, f'Invalid value: "{key}": {_NOT_A_NAME}'))
     if sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > (
         ANNOTATIONS_LIMIT_BYTES
     ):
