@@ -491,8 +491,8 @@ class FakeKubernetes:
             reply = behaviour.answer(request)
         silent = behaviour is not None and behaviour.what in ("hang", "reset")
         request = replace(request, status=reply.status if reply and not silent else 0)
-        self._run_hooks(request, "after")
         self.requests.append(request)
+        self._run_hooks(request, "after")
         return reply or Answer(0, b""), behaviour
 
     def _run_hooks(self, request: Request, when: str) -> None:
