@@ -20,10 +20,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import scaler
 from tests.conftest import Queue
 from tests.support.firestore import Call, Fail, FakeFirestore, On
-from tests.support.kubernetes import FakeKubernetes, Match, answer
+from tests.support.kubernetes import FakeKubernetes, Match, answer, body
 from tests.support.kubernetes_objects import DELETION_COST, Object
 from tests.support.world import BUSY, REPOSITORY, START, Run, World
 
@@ -696,9 +695,8 @@ def test_no_busy_pod_is_killed_over_many_patterns_and_many_are_without_the_marki
     marked, unmarked = Tally(), Tally()
 
     def believing_it_marks(world: World) -> Run:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scaler.Cluster, "set_deletion_cost", lambda *_: True)
-            return world.run()
+        world.cluster.fault(PATCHED_POD, body(b"{}", applied=False), times=None)
+        return world.run()
 
     @EVERY
     @given(CASES)

@@ -13,11 +13,12 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from scaler import ANNOTATION, write_time
 from tests.support.firestore import CountAs, Fail, FakeFirestore
 from tests.support.kubernetes import FakeKubernetes, Match, answer, reset
+from tests.support.kubernetes_objects import stamp
 from tests.support.world import BUSY, PROJECT, START, Run, World
 
+ANNOTATION = "queue-scaler/"
 PATCH = Match("patch", "deployments")
 UNREADABLE = Fail(StatusCode.UNKNOWN, "as the test wants it")
 
@@ -43,7 +44,7 @@ def refuse(cluster: FakeKubernetes, match: Match, status: int) -> None:
 
 
 def times(*, ahead: int = 0) -> st.SearchStrategy[str]:
-    written = st.integers(-1000, ahead).map(lambda s: write_time(START + timedelta(seconds=s)))
+    written = st.integers(-1000, ahead).map(lambda s: stamp(START + timedelta(seconds=s)))
     return written | st.sampled_from(["", "yesterday", "9999-12-31T23:59:59Z", "1767225600"])
 
 
