@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from grpc import StatusCode  # type: ignore[import-untyped]
 
-from tests.support.firestore import Fail, FakeFirestore
+from tests.support.firestore import FakeFirestore
+from tests.support.kubernetes import Match, answer
 from tests.support.world import World
 
 
@@ -58,7 +58,7 @@ def test_a_record_always_fits_what_the_kubelet_keeps(value: str, world: World) -
 def test_the_message_of_a_record_gives_way_where_it_is_too_long(
     world: World, queue: FakeFirestore
 ) -> None:
-    queue.fault("count", Fail(StatusCode.UNKNOWN, "한글" * 4_000))
+    world.cluster.fault(Match("get"), answer(403, message="한글" * 4_000))
     run = world.run()
-    assert run.reason == "QueueUnavailable" and run.record["replicas"] == 1, run
+    assert (run.exit_code, run.reason) == (2, "Forbidden"), run
     assert (world.directory / "termination-log").stat().st_size < 4096
