@@ -175,7 +175,6 @@ answers nothing                  succeeds  succeeds  succeeds  succeeds  succeed
 answers with another kind        succeeds  succeeds  succeeds  succeeds  succeeds  succeeds
 answers 408                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
 answers 409                      -         -         succeeds  succeeds  succeeds  warns
-answers 410                      -         succeeds  -         -         -         -
 answers 429                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
 answers 429, retry after 1       succeeds  succeeds  succeeds  succeeds  succeeds  warns
 answers 500                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
@@ -206,7 +205,6 @@ answers 403                      person    person    person    person    person 
 answers 404                      person    person    -         person    person    warns
 answers 408                      holds     holds     holds     holds     holds     warns
 answers 409                      holds     holds     holds     holds     holds     warns
-answers 410                      -         holds     -         -         -         -
 answers 422                      person    person    person    person    person    warns
 answers 429                      holds     holds     holds     holds     holds     warns
 answers 429, retry after 600     holds     holds     holds     holds     holds     warns

@@ -17,7 +17,6 @@ from tests.support.kubernetes import FakeKubernetes, Match
 from tests.support.world import BUSY, START, Run, World
 
 READ, PATCH = Match("get", "deployments"), Match("patch", "deployments")
-LIST = Match("list", "pods")
 RECORD_BYTES = 4096
 LINE_CHARACTERS = 4000
 
@@ -205,51 +204,6 @@ def test_a_count_beyond_the_limit_is_that_many_or_more(
     run = world.run()
     assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
     assert run.record["waitingCapped"] is True and "or more jobs waiting" in run.record["message"]
-
-
-# ------------------------------------------------------------------------------- pods in pages
-
-PODS = 1_003
-
-
-@pytest.fixture
-def crowd(world: World, cluster: FakeKubernetes, queue: FakeFirestore) -> World:
-    """More pods than two pages hold; the two that are listed last are busy."""
-    cluster.scale("worker", PODS)
-    names = sorted(str(pod["metadata"]["name"]) for pod in cluster.pods("worker"))
-    for name in names[-2:]:
-        queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
-    world.settings = {
-        "BUSY_FILTER": BUSY,
-        "MAX_REPLICAS": str(PODS),
-        "SCALE_DOWN_STEP": "1",
-        "SCALE_DOWN_STABILIZATION_SECONDS": "0",
-    }
-    return world
-
-
-def test_all_pages_are_read_and_a_list_that_expires_between_two_is_begun_afresh(
-    crowd: World,
-) -> None:
-    second = Match("list", "pods", where=lambda request: "continue" in request.query)
-    crowd.cluster.hook(second, lambda _: crowd.cluster.api.forget_pages())
-    run = crowd.run()
-    assert (run.exit_code, run.reason, run.record["busy"]) == (0, "ScaledDown", 2), run
-    assert crowd.replicas == PODS - 1
-    pages = crowd.cluster.calls(LIST)
-    assert [page.status for page in pages] == [200, 410, 200, 200, 200]
-    assert ["continue" in page.query for page in pages[2:]] == [False, True, True]
-    assert {page.query["limit"] for page in pages} == {"500"}
-
-
-def test_pages_without_end_end_with_the_budget(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
-    page = {"kind": "PodList", "apiVersion": "v1", "metadata": {"continue": "again"}, "items": []}
-    cluster.fault(LIST, kubernetes.body(json.dumps(page).encode()), times=None)
-    run = world.run(BUSY_FILTER=BUSY, TIMEOUT_SECONDS="2")
-    assert (run.exit_code, run.reason, world.replicas) == (1, "ClusterUnavailable", 1), run
-    assert run.seconds <= 4
 
 
 # ----------------------------------------------------------------------------------- the clocks

@@ -188,10 +188,6 @@ class Api:
             traceback.print_exc()
             return json_answer(500, ApiError(500, f"Internal error occurred: {error!r}").status)
 
-    def forget_pages(self) -> None:
-        """Lets every continue token expire, as etcd's compaction does after some minutes."""
-        self._snapshots.clear()
-
     def _dispatch(self, request: Request, content_type: str) -> tuple[int, Object]:
         if request.path == "/version":
             return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
