@@ -27,7 +27,7 @@ picture: $(RUNTIME) ## draw docs/replicas.svg again, from the real script's deci
 test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="-k cooldown"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(DEV) ## the others: processes, the Firestore emulator, kubectl, the image, the pages
+test-slow: $(DEV) ## the others, in minutes: processes, the Firestore emulator, the image, the pages
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 ci: lint types test test-slow ## all that has to hold before a change lands

@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 import pytest
-from google.cloud.firestore import Client
 from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import scaler
+from tests.conftest import Queue
 from tests.support.firestore import Call, Fail, FakeFirestore, On
-from tests.support.kubernetes import FakeKubernetes, Match, answer
+from tests.support.kubernetes import FakeKubernetes, Match, answer, body
 from tests.support.kubernetes_objects import DELETION_COST, Object
 from tests.support.world import BUSY, REPOSITORY, START, Run, World
 
@@ -40,20 +38,6 @@ PATCHED_DEPLOYMENT = Match(verb="patch", resource="deployments")
 SECOND_LOOK = On("query", nth=2)
 
 
-class Jobs(Protocol):
-    """Where a test puts documents: the fake, or the official emulator."""
-
-    def put(self, path: str, fields: Mapping[str, object]) -> None: ...
-
-
-@dataclass(frozen=True)
-class EmulatedJobs:
-    client: Client
-
-    def put(self, path: str, fields: Mapping[str, object]) -> None:
-        self.client.document(path).set(dict(fields))
-
-
 @pytest.fixture
 def world(world: World) -> World:
     """Five pods, busy-aware, with nothing that delays a scale-down."""
@@ -62,15 +46,11 @@ def world(world: World) -> World:
     return world
 
 
-@pytest.fixture(params=["fake", pytest.param("emulator", marks=pytest.mark.slow)])
-def either(request: pytest.FixtureRequest) -> tuple[World, Jobs]:
-    """The same world, its queue once the fake's and once the official emulator's."""
-    if request.param == "fake":
-        return request.getfixturevalue("world"), request.getfixturevalue("queue")
-    world: World = request.getfixturevalue("emulated")
-    world.settings = dict(EAGER)
-    world.cluster.scale("worker", 5)
-    return world, EmulatedJobs(request.getfixturevalue("jobs"))
+@pytest.fixture
+def either(world: World, any_queue: Queue) -> tuple[World, Queue]:
+    """The same world, its queue once the fake and once the official emulator."""
+    world.firestore = any_queue.host
+    return world, any_queue
 
 
 def name_of(pod: Object) -> str:
@@ -83,13 +63,13 @@ def live(world: World) -> list[str]:
     return [name_of(pod) for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
-def hold(jobs: Jobs, pods: Iterable[str]) -> None:
+def hold(jobs: Queue, pods: Iterable[str]) -> None:
     """Each of the pods works on a job."""
     for pod in pods:
         jobs.put(f"jobs/of-{pod}", {"status": "processing", "assignedPodId": pod})
 
 
-def finish(jobs: Jobs, pod: str) -> None:
+def finish(jobs: Queue, pod: str) -> None:
     jobs.put(f"jobs/of-{pod}", {"status": "done", "assignedPodId": pod})
 
 
@@ -113,7 +93,7 @@ def asked(world: World) -> list[str]:
 
 
 def queries(queue: FakeFirestore) -> list[Call]:
-    return [call for call in queue.calls if call.kind in ("count", "query", "get")]
+    return [call for call in queue.calls if call.kind in ("count", "query")]
 
 
 def assert_alive(world: World, pods: Iterable[str], run: Run) -> None:
@@ -136,13 +116,6 @@ def test_no_waiting_and_three_running_jobs_keep_the_three_pods_that_work(
     assert world.run().reason == "AtTarget"
 
 
-def test_waiting_and_busy_jobs_count_together(world: World, queue: FakeFirestore) -> None:
-    hold(queue, live(world)[:4])
-    queue.fill(3)
-    run = world.run()
-    assert (run.record["desired"], world.replicas) == (7, 7), run
-
-
 def test_a_job_of_a_pod_that_is_gone_holds_nothing_up(world: World, queue: FakeFirestore) -> None:
     hold(queue, ["worker-of-last-week", "worker-of-yesterday"])
     run = world.run()
@@ -156,14 +129,6 @@ def test_a_job_of_a_terminating_pod_holds_nothing_up(world: World, queue: FakeFi
     assert len(world.cluster.pods("worker")) == 5, "two are still terminating"
     run = world.run()
     assert (run.record["busy"], world.replicas) == (0, 1), run
-
-
-def test_several_jobs_of_one_pod_keep_that_one_pod(world: World, queue: FakeFirestore) -> None:
-    busy = live(world)[2]
-    for number in range(3):
-        queue.put(f"jobs/{number}", {"status": "processing", "assignedPodId": busy})
-    run = world.run(JOBS_PER_POD="3")
-    assert (run.record["busy"], live(world)) == (3, [busy]), run
 
 
 def test_pods_that_share_only_a_label_with_the_deployment_are_not_its_pods(
@@ -214,16 +179,10 @@ def test_pods_of_others_with_the_same_labels_neither_count_nor_stand_in_the_way(
 
 PRESSED = {
     "a lower MAX_REPLICAS": ({"MAX_REPLICAS": "2"}, "TooManyReplicas"),
-    "a lower MAX_REPLICAS and a step of all": (
-        {"MAX_REPLICAS": "2", "SCALE_DOWN_STEP": "100%"},
-        "TooManyReplicas",
-    ),
-    "many jobs a pod": ({"JOBS_PER_POD": "10"}, "ScaledDown"),
-    "many jobs a pod and a step of all": (
-        {"JOBS_PER_POD": "10", "SCALE_DOWN_STEP": "100%"},
+    "many jobs a pod, in one step, to none": (
+        {"JOBS_PER_POD": "10", "SCALE_DOWN_STEP": "100%", "MIN_REPLICAS": "0"},
         "ScaledDown",
     ),
-    "a minimum of none": ({"JOBS_PER_POD": "10", "MIN_REPLICAS": "0"}, "ScaledDown"),
 }
 
 
@@ -282,25 +241,6 @@ def test_marks_are_set_only_where_they_differ(world: World, queue: FakeFirestore
     assert sorted(live(world)) == sorted([marked, unmarked]), run
 
 
-def test_a_cost_that_nobody_can_read_is_set_anew(world: World, queue: FakeFirestore) -> None:
-    busy, idle, *_ = live(world)
-    hold(queue, [busy])
-    mark(world, [busy, idle], "high")
-    run = world.run()
-    assert live(world) == [busy], run
-    assert {call.name for call in world.cluster.calls(PATCHED_POD)} == {busy, idle}, run
-
-
-def test_a_mark_left_from_an_earlier_run_does_not_cost_a_busy_pod(
-    world: World, queue: FakeFirestore
-) -> None:
-    *stale, busy = live(world)
-    mark(world, stale, HIGH)
-    hold(queue, [busy])
-    run = world.run()
-    assert live(world) == [busy], run
-
-
 # --- What happens meanwhile -----------------------------------------------------------------------
 
 
@@ -314,15 +254,6 @@ def test_a_job_claimed_between_the_marking_and_the_patch_protects_its_pod(
     )
     run = world.run()
     assert sorted(live(world)) == sorted([*busy, late]), run
-
-
-def test_a_job_claimed_between_the_looks_protects_its_pod_although_none_was_busy(
-    world: World, queue: FakeFirestore
-) -> None:
-    late = live(world)[3]
-    queue.hook(SECOND_LOOK, lambda _: hold(queue, [late]))
-    run = world.run()
-    assert live(world) == [late], run
 
 
 def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones(
@@ -344,14 +275,6 @@ def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones
     world.pass_time()
     world.run()
     assert sorted(live(world)) == sorted([stays, claims]), "the next run takes the idle one"
-
-
-def test_if_all_become_busy_between_the_looks_nothing_is_removed(
-    world: World, queue: FakeFirestore
-) -> None:
-    queue.hook(SECOND_LOOK, lambda _: hold(queue, live(world)))
-    run = world.run()
-    assert (run.reason, world.replicas) == ("WorkersBusy", 5), run
 
 
 def test_after_a_conflict_the_busy_pods_are_read_afresh(world: World, queue: FakeFirestore) -> None:
@@ -405,17 +328,6 @@ def test_without_permission_for_pods_nothing_is_scaled_down(
     run = world.run(KUBECONFIG=str(world.cluster.write_kubeconfig(tmp_path / "limited", token)))
     assert (run.exit_code, run.reason, world.replicas) == (2, "Forbidden", 5), run
     assert f"allow {verb} on pods" in run.record["message"]
-
-
-def test_the_shipped_role_is_enough_for_a_scale_down(
-    world: World, queue: FakeFirestore, tmp_path: Path
-) -> None:
-    rbac = (REPOSITORY / "rbac.yaml").read_text().replace("eventstorming-generator", "worker")
-    world.cluster.load_rbac(rbac)
-    token = world.cluster.service_account("queue-scaler")
-    hold(queue, live(world)[:2])
-    run = world.run(KUBECONFIG=str(world.cluster.write_kubeconfig(tmp_path / "limited", token)))
-    assert (run.exit_code, world.replicas, len(world.cluster.events())) == (0, 2, 1), run
 
 
 @pytest.mark.parametrize("nth", [1, 2], ids=["first", "second"])
@@ -531,13 +443,8 @@ def test_a_scale_down_costs_a_call_for_each_mark_and_four_more(
         "patch deployments",
         "create events",
     ], run
-
-
-def test_of_a_job_only_the_field_with_its_pod_is_read(world: World, queue: FakeFirestore) -> None:
-    hold(queue, live(world)[:3])
-    world.run()
-    looks = [call for call in queries(queue) if call.kind == "query"]
-    assert [call.select for call in looks] == [("assignedPodId",)] * 2
+    looks = [call.select for call in queries(queue) if call.kind == "query"]
+    assert looks == [("assignedPodId",)] * 2, "of a job only the field with its pod is read"
 
 
 def test_two_hundred_pods_are_asked_about_thirty_at_a_time(
@@ -558,7 +465,7 @@ def disjunctions(call: Call) -> int:
     """How many cases a query stands for: the product of its lists."""
     product = 1
     for _, op, value in call.filters:
-        if op in ("in", "array-contains-any", "array_contains_any"):
+        if op in ("in", "array-contains-any"):
             assert isinstance(value, list | tuple)
             product *= len(value)
     return product
@@ -567,7 +474,7 @@ def disjunctions(call: Call) -> int:
 # --- Queries, on the fake and on the official emulator --------------------------------------------
 
 
-def test_the_pods_that_hold_jobs_are_found(either: tuple[World, Jobs]) -> None:
+def test_the_pods_that_hold_jobs_are_found(either: tuple[World, Queue]) -> None:
     world, jobs = either
     busy = live(world)[1:4]
     hold(jobs, [*busy, "gone"])
@@ -575,16 +482,7 @@ def test_the_pods_that_hold_jobs_are_found(either: tuple[World, Jobs]) -> None:
     assert (run.record["busy"], sorted(live(world))) == (3, sorted(busy)), run
 
 
-def test_two_hundred_pods_work(either: tuple[World, Jobs]) -> None:
-    world, jobs = either
-    world.cluster.scale("worker", 200)
-    busy = live(world)[::20]
-    hold(jobs, busy)
-    run = world.run(MAX_REPLICAS="200")
-    assert (run.record["busy"], sorted(live(world))) == (10, sorted(busy)), run
-
-
-def test_lists_in_the_busy_filter_share_the_limit_of_thirty(either: tuple[World, Jobs]) -> None:
+def test_lists_in_the_busy_filter_share_the_limit_of_thirty(either: tuple[World, Queue]) -> None:
     world, jobs = either
     world.cluster.scale("worker", 35)
     busy = live(world)[::6]
@@ -597,7 +495,7 @@ def test_lists_in_the_busy_filter_share_the_limit_of_thirty(either: tuple[World,
 
 
 @pytest.mark.parametrize("condition", [["attempt", ">", 0], ["lane", "!=", "test"]])
-def test_a_busy_filter_may_compare(either: tuple[World, Jobs], condition: list[object]) -> None:
+def test_a_busy_filter_may_compare(either: tuple[World, Queue], condition: list[object]) -> None:
     world, jobs = either
     busy, other = live(world)[:2]
     jobs.put("jobs/1", {"attempt": 1, "lane": "live", "assignedPodId": busy})
@@ -608,7 +506,7 @@ def test_a_busy_filter_may_compare(either: tuple[World, Jobs], condition: list[o
 
 @pytest.mark.parametrize("name", ["worker.pod", "worker.`pod-name`"])
 def test_the_pods_name_may_lie_deeper_in_the_document(
-    either: tuple[World, Jobs], name: str
+    either: tuple[World, Queue], name: str
 ) -> None:
     world, jobs = either
     busy = live(world)[3]
@@ -616,17 +514,6 @@ def test_the_pods_name_may_lie_deeper_in_the_document(
     jobs.put("jobs/1", {"status": "processing", "worker": {inner: busy, "node": "node-a"}})
     run = world.run(BUSY_POD_FIELD=name)
     assert (run.record["busy"], live(world)) == (1, [busy]), run
-
-
-def test_a_collection_group_is_searched_wherever_its_collections_lie(
-    either: tuple[World, Jobs],
-) -> None:
-    world, jobs = either
-    first, second = live(world)[1:3]
-    jobs.put("tenants/a/jobs/1", {"status": "processing", "assignedPodId": first})
-    jobs.put("jobs/2", {"status": "processing", "assignedPodId": second})
-    run = world.run(QUEUE_COLLECTION_GROUP="true")
-    assert (run.record["busy"], sorted(live(world))) == (2, sorted([first, second])), run
 
 
 # --- Any pattern of pods: busy pods killed, with the marking and without --------------------------
@@ -762,7 +649,7 @@ def try_case(
 
 
 EVERY = hypothesis_settings(
-    max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -801,16 +688,15 @@ def test_waiting_and_busy_jobs_are_counted_at_one_moment(
 
 
 @pytest.mark.slow
-def test_no_busy_pod_is_killed_over_hundreds_of_patterns_and_many_are_without_the_marking(
+def test_no_busy_pod_is_killed_over_many_patterns_and_many_are_without_the_marking(
     queue: FakeFirestore, tmp_path: Path
 ) -> None:
     """Each pattern twice: with the scaler as it is, and with one whose marks go nowhere."""
     marked, unmarked = Tally(), Tally()
 
     def believing_it_marks(world: World) -> Run:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scaler.Cluster, "set_deletion_cost", lambda *_: True)
-            return world.run()
+        world.cluster.fault(PATCHED_POD, body(b"{}", applied=False), times=None)
+        return world.run()
 
     @EVERY
     @given(CASES)
@@ -822,5 +708,5 @@ def test_no_busy_pod_is_killed_over_hundreds_of_patterns_and_many_are_without_th
     try_both()
     print(f"\nwith marking     {marked}\nwithout marking  {unmarked}")
     assert marked.killed == 0
-    assert marked.scaled_down > 50, "or it proves little"
+    assert marked.scaled_down > 20, "or it proves little"
     assert unmarked.killed > 0, "or it proves nothing"

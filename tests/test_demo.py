@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -14,11 +13,8 @@ import pytest
 from tests.support.world import REPOSITORY
 from tools import demo
 
-pytestmark = pytest.mark.slow
 
-PICTURE = REPOSITORY / "docs" / "replicas.svg"
-
-
+@pytest.mark.slow
 def test_every_scenario_ends_as_the_guide_says() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tools.demo"],
@@ -34,6 +30,7 @@ def test_every_scenario_ends_as_the_guide_says() -> None:
     assert "\x1b" not in done.stdout, "colour is for terminals"
 
 
+@pytest.mark.slow
 def test_the_demo_fails_where_a_scenario_ends_otherwise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,22 +40,18 @@ def test_the_demo_fails_where_a_scenario_ends_otherwise(
         return stage(SCALE_UP_STEP="0", **settings)
 
     monkeypatch.setattr(demo, "stage", never_up)
-    monkeypatch.setattr(demo, "idle_pods_first", lambda screen: None)
+    for scenario in ("idle_pods_first", "burst"):
+        monkeypatch.setattr(demo, scenario, lambda screen: None)
     assert demo.demo(demo.Screen(colour=False, width=120)) == 1
     said = capsys.readouterr().out
     assert "NOT SO  2 pods one run later" in said
     assert "Not as the guide says:\n  - 2 pods one run later\n" in said
 
 
-def test_the_picture_is_what_the_script_decides(tmp_path: Path) -> None:
-    """`make picture` draws it again."""
-    drawn = tmp_path / "replicas.svg"
-    assert demo.main(["--picture", str(drawn)]) == 0
-    assert drawn.read_text() == PICTURE.read_text()
-
-
-def test_the_picture_is_small_and_stands_by_itself() -> None:
-    text = PICTURE.read_text()
-    assert len(text) < 10_000
-    assert ElementTree.fromstring(text).tag.endswith("svg")
-    assert "href" not in text and "<style" not in text
+def test_the_picture_is_drawn_and_stands_by_itself() -> None:
+    points = [demo.Point(0, 0, 1), demo.Point(5, 0, 1), demo.Point(2, 3, 3), demo.Point(0, 1, 3)]
+    for text in (demo.draw(points), (REPOSITORY / "docs" / "replicas.svg").read_text()):
+        assert len(text) < 10_000 and "href" not in text and "<style" not in text
+        picture = ElementTree.fromstring(text)
+        assert picture.tag.endswith("svg")
+        assert len(picture.findall("{*}path")) >= 4, "two areas, the pods, the limit"

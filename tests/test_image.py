@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
+from tests.support.needs import lacking
 from tests.support.world import BUSY, REPOSITORY
-from tests.test_manifests import lacks
 
 pytestmark = pytest.mark.slow
 
@@ -270,7 +270,7 @@ def build() -> Iterator[Builder]:
             build_image(build)
             yield build
     except NoBuilder as why:
-        lacks(f"no image can be built here: {why}")
+        lacking(f"no image can be built here: {why}")
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def kubeconfig(cluster: FakeKubernetes, tmp_path: Path) -> Path:
 def test_the_linter_of_dockerfiles_has_nothing_to_say() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not hadolint:
-        lacks("hadolint is not installed (see requirements-dev.txt)")
+        lacking("hadolint is not installed (see requirements-dev.txt)")
     done = subprocess.run([hadolint, "Dockerfile"], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import yaml
@@ -24,6 +23,7 @@ import scaler
 from tests.support.firestore import Fail, FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
 from tests.support.kubernetes_objects import Match, Request
+from tests.support.needs import need
 from tests.support.world import PROJECT, REPOSITORY, START, World
 
 pytestmark = pytest.mark.slow
@@ -80,11 +80,6 @@ def job_of(document: dict[str, Any]) -> dict[str, Any]:
 def variables_of(document: dict[str, Any]) -> dict[str, str]:
     (only,) = job_of(document)["template"]["spec"]["containers"]
     return {each["name"]: each["value"] for each in only["env"]}
-
-
-def lacks(tool: str) -> NoReturn:
-    """Without a tool a test is skipped, but in CI fails."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(tool)
 
 
 # The whole life of the scaler, as a process with the rights of rbac.yaml and the settings of
@@ -350,9 +345,7 @@ def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> No
 
 
 def kustomize(directory: Path) -> list[dict[str, Any]]:
-    if shutil.which("kubectl") is None:
-        lacks("kubectl is not on the PATH")
-    command = ["kubectl", "kustomize", str(directory)]
+    command = [need("kubectl"), "kustomize", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,22 +21,13 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 import scaler
 from tests.support.firestore import Fail, FakeFirestore, missing_index
 from tests.support.kubernetes import Match, answer
+from tests.support.needs import need
 from tests.support.world import BUSY, REPOSITORY, Run, World
 
 PAGE = (REPOSITORY / "docs/monitoring.md").read_text()
 ALERTS = REPOSITORY / "examples/alerts.yaml"
 ALERTS_TEST = REPOSITORY / "tests/alerts_test.yaml"
 Object = dict[str, Any]
-
-
-def find(tool: str) -> str:
-    """The path of a tool. Without it the test is skipped, but in CI fails."""
-    path = shutil.which(tool)
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail(f"{tool} is not on the PATH")
-        pytest.skip(f"{tool} is not on the PATH")
-    return path
 
 
 def blocks(language: str, word: str) -> str:
@@ -51,7 +41,7 @@ def blocks(language: str, word: str) -> str:
 
 @pytest.mark.slow
 def test_the_alerts_fire_when_they_have_to_and_only_then() -> None:
-    command = [find("promtool"), "test", "rules", str(ALERTS_TEST)]
+    command = [need("promtool"), "test", "rules", str(ALERTS_TEST)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -159,7 +149,7 @@ def test_gcloud_takes_the_commands(
     metrics: Mapping[str, Object], conditions: Mapping[str, Object], tmp_path: Path
 ) -> None:
     """The real one, which knows the fields of the APIs, with a server that takes anything."""
-    gcloud = find("gcloud")
+    gcloud = need("gcloud")
     bodies: list[Object] = []
 
     class Api(BaseHTTPRequestHandler):

@@ -25,6 +25,7 @@ import scaler
 from tests.support.firestore import Fail, FakeFirestore, missing_index
 from tests.support.kubectl import ForKubectl, ended_job
 from tests.support.kubernetes import FakeKubernetes, Match, answer
+from tests.support.needs import need
 from tests.support.world import BUSY, PROJECT, REPOSITORY, START, Run, World
 
 NAME = "eventstorming-generator"
@@ -384,7 +385,6 @@ def test_the_bound_that_the_pages_name_is_that_of_the_guardrails() -> None:
     assert f"For more than {bound} pods" in OPERATIONS.read_text()
 
 
-needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not on the PATH")
 CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
 SCALER_LABELS = CRONJOB["metadata"]["labels"]
 
@@ -392,6 +392,7 @@ SCALER_LABELS = CRONJOB["metadata"]["labels"]
 @pytest.fixture
 def kubectl_world(tmp_path: Path) -> Iterator[tuple[ForKubectl, World]]:
     """The pages' Deployment, CronJob and Jobs, for kubectl."""
+    need("kubectl")
     cluster = ForKubectl(seed=1, tls=True)
     with cluster, FakeFirestore(project=PROJECT) as queue:
         cluster.add_deployment(NAME, replicas=1)
@@ -454,7 +455,6 @@ ENGLISH_COMMANDS = {
 
 
 @pytest.mark.slow
-@needs_kubectl
 @pytest.mark.parametrize("command", ENGLISH_COMMANDS, ids=lambda command: command[8:70])
 def test_kubectl_does_what_the_page_tells_it(
     command: str, kubectl_world: tuple[ForKubectl, World]
@@ -472,7 +472,6 @@ def test_kubectl_does_what_the_page_tells_it(
 
 
 @pytest.mark.slow
-@needs_kubectl
 @pytest.mark.parametrize("job", ["scale-now", "scale-try"])
 def test_a_run_by_hand_pasted_as_a_whole_shows_its_log_and_leaves_nothing(
     job: str, kubectl_world: tuple[ForKubectl, World]
@@ -486,7 +485,6 @@ def test_a_run_by_hand_pasted_as_a_whole_shows_its_log_and_leaves_nothing(
 
 
 @pytest.mark.slow
-@needs_kubectl
 def test_the_run_that_is_only_tried_is_a_dry_one(kubectl_world: tuple[ForKubectl, World]) -> None:
     cluster, world = kubectl_world
     cluster.objects["jobs"].clear()
@@ -497,9 +495,8 @@ def test_the_run_that_is_only_tried_is_a_dry_one(kubectl_world: tuple[ForKubectl
 
 
 @pytest.mark.slow
-@needs_kubectl
-@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not on the PATH")
 def test_the_history_is_the_table_of_the_page(kubectl_world: tuple[ForKubectl, World]) -> None:
+    need("jq")
     cluster, world = kubectl_world
     for pod in ("queue-scaler-1", "queue-scaler-0"):  # the second is the later run
         record = world.run().record
@@ -518,7 +515,6 @@ def test_the_history_is_the_table_of_the_page(kubectl_world: tuple[ForKubectl, W
 
 
 @pytest.mark.slow
-@needs_kubectl
 def test_a_pause_typed_as_the_page_says_is_applied(
     kubectl_world: tuple[ForKubectl, World],
 ) -> None:
@@ -533,7 +529,6 @@ def test_a_pause_typed_as_the_page_says_is_applied(
 
 
 @pytest.mark.slow
-@needs_kubectl
 def test_a_cooldown_is_extended_and_ended_as_the_page_says(
     kubectl_world: tuple[ForKubectl, World],
 ) -> None:
@@ -549,8 +544,8 @@ def test_a_cooldown_is_extended_and_ended_as_the_page_says(
 
 
 @pytest.mark.slow
-@needs_kubectl
 def test_the_overlay_is_built_as_the_page_says(tmp_path: Path) -> None:
+    need("kubectl")
     clone = tmp_path / "queue-scaler"
     clone.mkdir()
     for name in ("kustomization.yaml", "rbac.yaml", "cronjob.yaml"):

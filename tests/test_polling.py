@@ -21,8 +21,8 @@ READ = Match("get", "deployments")
 
 @pytest.fixture
 def polling(world: World) -> World:
-    """A look a second, and four seconds for them."""
-    world.settings = {"POLLING_INTERVAL_SECONDS": "1", "TIMEOUT_SECONDS": "4"}
+    """A look a second, three of them."""
+    world.settings = {"POLLING_INTERVAL_SECONDS": "1", "TIMEOUT_SECONDS": "3"}
     return world
 
 
@@ -49,11 +49,11 @@ def test_looks_are_due_at_fixed_times_and_a_quiet_run_has_one_line(
     due: list[float] = []
     polling.cluster.hook(READ, lambda _: due.append(time.monotonic()), times=None)
     run = polling.run()
-    assert (run.exit_code, run.record["looks"], len(due)) == (0, 4, 4), run
+    assert (run.exit_code, run.record["looks"], len(due)) == (0, 3, 3), run
     gaps = [later - due[0] for later in due]
     assert all(abs(gap - round(gap)) < 0.4 for gap in gaps), gaps
     assert lines(run) == ["AtTarget"], run
-    assert len(polling.cluster.requests) == 4, "at rest, one call a look"
+    assert len(polling.cluster.requests) == 3, "at rest, one call a look"
 
 
 def test_without_an_interval_a_run_is_one_look(world: World, queue: FakeFirestore) -> None:
@@ -67,7 +67,7 @@ def test_a_scale_is_told_and_is_what_the_record_says_whatever_comes_after(
     before_look(polling, 2, lambda: queue.fill(2))
     run = polling.run()
     assert lines(run) == ["AtTarget", "ScaledUp", "AtTarget"], run
-    assert (run.record["reason"], run.record["looks"]) == ("ScaledUp", 4), run
+    assert (run.record["reason"], run.record["looks"]) == ("ScaledUp", 3), run
     assert (run.record["current"], run.record["replicas"], polling.replicas) == (1, 2, 2)
 
 
@@ -88,7 +88,7 @@ def test_a_failure_and_a_recovery_are_told_and_the_exit_code_is_the_last_looks(
 
 def test_a_persons_annotation_counts_at_the_next_look(polling: World, queue: FakeFirestore) -> None:
     order = {ANNOTATION + "paused-replicas": "7"}
-    before_look(polling, 3, lambda: polling.cluster.annotate("worker", **order))
+    before_look(polling, 2, lambda: polling.cluster.annotate("worker", **order))
     run = polling.run()
     assert lines(run) == ["AtTarget", "Paused", "Paused"], "ordered, and then held"
     assert polling.replicas == 7
@@ -106,6 +106,7 @@ def test_nothing_is_kept_between_looks_but_the_annotations(
     assert lines(run)[:2] == ["ScaledUp", "ScaledUp"] and polling.replicas == 3, run
 
 
+@pytest.mark.slow
 def test_a_queue_that_hangs_costs_one_look(polling: World, queue: FakeFirestore) -> None:
     polling.settings["TIMEOUT_SECONDS"] = "12"
     before_look(polling, 1, lambda: queue.fault("count", Hang()))
@@ -116,6 +117,7 @@ def test_a_queue_that_hangs_costs_one_look(polling: World, queue: FakeFirestore)
     assert 3 <= run.record["looks"] <= 8, "the looks that were late are left out"
 
 
+@pytest.mark.slow
 def test_two_polling_runs_at_once_scale_once(
     polling: World, cluster: FakeKubernetes, queue: FakeFirestore
 ) -> None:
@@ -129,6 +131,7 @@ def test_two_polling_runs_at_once_scale_once(
         run.communicate()
 
 
+@pytest.mark.slow
 def test_sigterm_between_looks_ends_the_run_within_a_second_with_its_record(
     polling: World, queue: FakeFirestore
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from scaler import ANNOTATION, rolled_back
+from scaler import ANNOTATION
 from tests.support.firestore import FakeFirestore
 from tests.support.world import World
 
@@ -62,17 +64,39 @@ def test_a_history_that_came_back_starts_afresh(world: World, queue: FakeFiresto
     assert "came back" not in world.run().stdout, "it is the scaler's own again"
 
 
-def test_whoever_owns_an_annotation_beside_the_rollback_has_set_it() -> None:
-    def entry(manager: str, *names: str, **more: str) -> dict[str, object]:
-        owned: dict[str, object] = {f"f:{name}": {} for name in names}
-        fields = {"f:metadata": {"f:annotations": {".": {}, **owned}}}
-        return {"manager": manager, "operation": "Update", "fieldsV1": fields, **more}
+def owner(manager: str, *names: str, **more: str) -> dict[str, object]:
+    """An entry of managedFields."""
+    owned: dict[str, object] = {f"f:{ANNOTATION}{name}": {} for name in names}
+    fields = {"f:metadata": {"f:annotations": {".": {}, **owned}}}
+    return {"manager": manager, "operation": "Update", "fieldsV1": fields, **more}
 
-    paused, number = ANNOTATION + "paused", ANNOTATION + "paused-replicas"
-    undone = entry("kubectl", paused, number, "team", ANNOTATION + "last-scale-time")
-    assert rolled_back([undone]) == {paused, number}
-    assert rolled_back([undone, entry("ci", number, operation="Apply")]) == {paused}
-    assert rolled_back([undone, entry("kubectl-annotate", paused)]) == {number}
-    assert rolled_back([entry("kubectl", paused, subresource="scale")]) == set()
-    assert rolled_back([entry("kubectl", paused, operation="Apply")]) == set()
-    assert rolled_back([{"manager": "old"}]) == set()
+
+UNDONE = owner("kubectl", "paused-scale-in", "paused-scale-out", "last-scale-time")
+OWNERS: dict[str, tuple[list[dict[str, object]], set[str]]] = {
+    "the rollback alone": ([UNDONE], {"paused-scale-in", "paused-scale-out"}),
+    "a person's annotate, too": (
+        [UNDONE, owner("kubectl-annotate", "paused-scale-in")],
+        {"paused-scale-out"},
+    ),
+    "an Apply, too": (
+        [UNDONE, owner("ci", "paused-scale-out", operation="Apply")],
+        {"paused-scale-in"},
+    ),
+    "an Apply of kubectl": ([owner("kubectl", "paused-scale-in", operation="Apply")], set()),
+    "a subresource": ([owner("kubectl", "paused-scale-in", subresource="scale")], set()),
+    "nobody's fields": ([{"manager": "old"}], set()),
+}
+
+
+@pytest.mark.parametrize(("owners", "came_back"), OWNERS.values(), ids=OWNERS)
+def test_whoever_owns_an_annotation_beside_the_rollback_has_set_it(
+    owners: list[dict[str, object]], came_back: set[str], world: World, queue: FakeFirestore
+) -> None:
+    both = {ANNOTATION + name: "true" for name in ("paused-scale-in", "paused-scale-out")}
+    world.cluster.annotate("worker", **both)
+    with world.cluster.store.lock:
+        stored = world.cluster.store.objects[("deployments", "default", "worker")]
+        stored["metadata"]["managedFields"] = owners
+    run = world.run()
+    said = set(re.findall(r"queue-scaler/(\S+)='true':? came back", run.stdout))
+    assert run.exit_code == 0 and said == came_back, run

@@ -12,6 +12,7 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from grpc import StatusCode  # type: ignore[import-untyped]
+from kubernetes.client import ApiClient
 
 from tests.support import kubernetes
 from tests.support.firestore import Fail, FakeFirestore
@@ -21,14 +22,6 @@ from tests.support.world import BUSY, Run, World
 PIECE = 16  # so many characters of a secret in a row are a leak
 TOKEN = "swordfish-0123456789-ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PASSWORD = "correct-horse-battery-staple"
-
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def as_processes(world: World) -> None:
-    """An answer that drips is ended by the watchdog, which only a process has."""
-    world.process = True
 
 
 def written(world: World, run: Run) -> str:
@@ -91,35 +84,7 @@ def test_a_run_that_scales(world: World, queue: FakeFirestore, log_format: str) 
     check(world, run, TOKEN)
 
 
-FAULTS = {
-    "400": kubernetes.answer(400),
-    "401": kubernetes.answer(401),
-    "403": kubernetes.answer(403),
-    "404": kubernetes.answer(404),
-    "409": kubernetes.answer(409),
-    "429": kubernetes.answer(429),
-    "500": kubernetes.answer(500),
-    "a hang": kubernetes.hang(),
-    "a reset": kubernetes.reset(),
-    "a cut": kubernetes.cut(),
-    "a drip": kubernetes.drip(0.2),
-    "garbage": kubernetes.garbage(),
-    "endless lists": kubernetes.body(b"[" * 200_000),
-}
-
-
-@pytest.mark.parametrize("verb", ["get", "patch", "create"])
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_failing_api_server(
-    world: World, queue: FakeFirestore, fault: kubernetes.Behaviour, verb: str
-) -> None:
-    use(world, kubeconfig(world))
-    queue.fill(5)
-    world.cluster.fault(Match(verb), fault, times=None)
-    check(world, world.run(TIMEOUT_SECONDS="2"), TOKEN)
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 422, 500, 503])
+@pytest.mark.parametrize("status", [403, 500])
 def test_an_answer_that_repeats_the_request_headers(
     world: World, queue: FakeFirestore, status: int
 ) -> None:
@@ -162,15 +127,11 @@ def test_a_proxy_that_is_not_there(world: World, where: str) -> None:
 
 def test_a_crash_shows_where_and_not_what(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     use(world, kubeconfig(world))
-    code = """
-import os, sys, scaler
-def crash(client, *_, **__):
-    raise RuntimeError(f"made by the test, {client.configuration.api_key}")
-scaler.Cluster.__init__ = lambda self, client, *_, **__: crash(client)
-scaler.leave(scaler.main([], os.environ, scaler.utc_now))
-"""
-    python = world.command()[0]
-    monkeypatch.setattr(world, "command", lambda *_: [python, "-c", code])
+
+    def crash(client: ApiClient, *_: object, **__: object) -> None:
+        raise RuntimeError(f"made by the test, {client.configuration.api_key}")
+
+    monkeypatch.setattr(ApiClient, "call_api", crash)
     run = world.run()
     assert run.exit_code == 1 and "made by the test" in run.stdout, run
     check(world, run, TOKEN)
@@ -181,10 +142,8 @@ scaler.leave(scaler.main([], os.environ, scaler.utc_now))
 ODD_TOKENS = {
     "with a line end": f"{TOKEN}\n",
     "with a line break in it": f"{TOKEN}\nX-Other: {PASSWORD}",
-    "with a carriage return": f"{TOKEN}\r",
     "with a zero byte": f"{TOKEN}\0",
     "with a letter that no header takes": f"{TOKEN}é한",
-    "with the word in front": f"Bearer {TOKEN}",
     "in quotes": f'"{TOKEN}"',
 }
 
@@ -194,9 +153,7 @@ def test_an_odd_token(world: World, token: str) -> None:
     use(world, kubeconfig(world, token=token))
     run = world.run()
     check(world, run, TOKEN, PASSWORD)
-    assert run.exit_code in (0, 1, 2) and world.replicas == 1
-    if run.exit_code:
-        assert run.exit_code == 2, f"a person has to mend the token\n{run}"
+    assert run.exit_code in (0, 2) and world.replicas == 1, run
 
 
 @pytest.mark.parametrize("token", ODD_TOKENS.values(), ids=ODD_TOKENS)
@@ -211,24 +168,14 @@ ODD_KUBECONFIGS: dict[str, Callable[[str], str]] = {
     "with an open quote": lambda text: text.replace(TOKEN, f'"{TOKEN}'),
     "with a tab": lambda text: text.replace("token: ", "\ttoken: "),
     "with an alias": lambda text: text.replace(TOKEN, f"*{TOKEN}"),
-    "with a tag": lambda text: text.replace(TOKEN, f"!{TOKEN} x"),
-    "with an anchor twice": lambda text: text.replace(TOKEN, f"&{TOKEN} *{TOKEN}"),
     "with a directive": lambda text: f"%{TOKEN}\n{text}",
-    "with a colon": lambda text: text.replace(TOKEN, f"a: b: {TOKEN}"),
     "with a list for a token": lambda text: text.replace(TOKEN, f"[{TOKEN}]"),
-    "with a map for a token": lambda text: text.replace(TOKEN, f"{{value: {TOKEN}}}"),
     "with the user's name wrong": lambda text: text.replace("name: fake", "name: other"),
-    "without contexts": lambda text: text.replace("current-context: fake", "current-context: no"),
     "cut in the middle": lambda text: text[: text.index(TOKEN) + 30],
     "that is the token only": lambda _: TOKEN,
-    "that is a list": lambda _: f"- {TOKEN}",
     "with a key that is no base64": lambda text: text.replace(
         "token: ",
         f"client-key-data: '{TOKEN}'\n    client-certificate-data: '{TOKEN}'\n    token: ",
-    ),
-    "with a key that is no key": lambda text: text.replace(
-        "token: ",
-        "client-key-data: c3dvcmRmaXNo\n    client-certificate-data: c3dvcmRmaXNo\n    token: ",
     ),
 }
 
@@ -270,8 +217,10 @@ HELPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", HELPERS.values(), ids=HELPERS)
 def test_a_login_helper_that(world: World, script: str) -> None:
+    world.process = True  # what the helper prints goes to the process's own standard error
     helper = {
         "apiVersion": "client.authentication.k8s.io/v1",
         "command": "sh",
@@ -325,16 +274,11 @@ ODD_CREDENTIALS: dict[str, str] = {
     "are good, but lead nowhere": json.dumps(SERVICE_ACCOUNT),
     "are a user's": json.dumps(AUTHORIZED_USER),
     "are cut": json.dumps(SERVICE_ACCOUNT)[:-700],
-    "are a list": json.dumps([SERVICE_ACCOUNT]),
     "are the key only": PEM,
     "have a spoilt key": json.dumps({**SERVICE_ACCOUNT, "private_key": PEM[:-200]}),
     "have a key without line ends": json.dumps(
         {**SERVICE_ACCOUNT, "private_key": PEM.replace("\n", " ")}
     ),
-    "have a key with its line ends escaped twice": json.dumps(
-        {**SERVICE_ACCOUNT, "private_key": PEM.replace("\n", "\\n")}
-    ),
-    "have a list for a key": json.dumps({**SERVICE_ACCOUNT, "private_key": [PEM]}),
     "are of a type that is none": json.dumps({**SERVICE_ACCOUNT, "type": PEM}),
     "have the key for an address": json.dumps({**SERVICE_ACCOUNT, "client_email": PEM}),
     "have no address": json.dumps(
@@ -352,9 +296,9 @@ def test_credentials_that(world: World, content: str) -> None:
     check(world, run, PEM_BODY, TOKEN, PASSWORD)
 
 
-@pytest.mark.parametrize("content", ODD_CREDENTIALS.values(), ids=ODD_CREDENTIALS)
-def test_credentials_in_place_of_their_path_that(world: World, content: str) -> None:
-    run = run_without_emulator(world, content)
+@pytest.mark.parametrize("name", ["are good, but lead nowhere", "are the key only"])
+def test_credentials_in_place_of_their_path_that(world: World, name: str) -> None:
+    run = run_without_emulator(world, ODD_CREDENTIALS[name])
     assert run.exit_code == 2 and world.replicas == 1, run
     check(world, run, PEM_BODY, TOKEN, PASSWORD)
 

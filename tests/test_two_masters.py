@@ -86,12 +86,6 @@ def test_whoever_created_the_deployment_is_no_master(
         assert warnings(world.run()) == []
 
 
-def test_the_scaler_does_not_warn_of_itself(world: World, queue: FakeFirestore) -> None:
-    queue.fill(5)
-    assert warnings(world.run()) == []
-    assert warnings(world.run()) == [], "after its own scale"
-
-
 def test_each_takes_its_turn_and_every_run_after_the_other_says_so(
     world: World, cluster: FakeKubernetes, queue: FakeFirestore
 ) -> None:
@@ -104,15 +98,8 @@ def test_each_takes_its_turn_and_every_run_after_the_other_says_so(
         set_replicas(cluster, 1, HPA, "scale")
         world.pass_time()
     assert said == [False, True, True]
-
-
-def test_after_the_scalers_own_scale_the_other_one_is_forgotten(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
-    set_replicas(cluster, 2, HPA, "scale")
-    queue.fill(5)
-    assert warnings(world.run()), "at the scale itself"
-    assert warnings(world.run()) == []
+    assert world.run(SCALE_UP_COOLDOWN_SECONDS="0").reason == "ScaledUp"
+    assert warnings(world.run()) == [], "after the scaler's own scale"
 
 
 def test_whoever_writes_other_fields_is_no_master(
@@ -129,18 +116,6 @@ def test_whoever_writes_other_fields_is_no_master(
         manager="annotator",
     )
     assert warnings(world.run()) == []
-
-
-def test_a_warning_changes_nothing_else(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
-    """No more calls, the same decision, and the record is the run's, not the warning's."""
-    queue.fill(5)
-    set_replicas(cluster, 2, HPA, "scale")
-    run = world.run()
-    assert (run.reason, run.record["replicas"], world.replicas) == ("ScaledUp", 3, 3)
-    assert "two masters" not in run.record["message"]
-    assert [call.verb for call in cluster.calls()] == ["get", "patch", "create"]
 
 
 def test_the_other_one_is_named_even_where_the_queue_cannot_be_read(

@@ -145,7 +145,7 @@ def test_the_scaler_leaves_the_pod_of_a_worker_at_work(
 ) -> None:
     emulated.cluster.scale("worker", 3)
     pods = [pod["metadata"]["name"] for pod in emulated.cluster.pods("worker")]
-    fill(jobs, range(1), seconds=5)
+    fill(jobs, range(1), seconds=2)
     workers.start("node-a", POD_NAME=pods[1])
     wait_until(lambda: statuses(jobs) == {"processing": 1})
     run = emulated.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")

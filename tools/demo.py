@@ -1,7 +1,7 @@
 """`make demo`: the real scaler.py, a process a "minute", between an embedded Firestore and an
 embedded Kubernetes API. Time is made to pass, not waited for.
 
-    python -m tools.demo                    the guide's four scenarios, and idle pods first
+    python -m tools.demo                    the guide's four scenarios, idle pods first, a burst
     python -m tools.demo --picture FILE     an hour and a half of work, drawn as an SVG
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.firestore import FakeFirestore
-from tests.support.kubernetes import FakeKubernetes
+from tests.support.kubernetes import FakeKubernetes, Match
 from tests.support.world import BUSY, PROJECT, START, Run, World
 
 NAME = "eventstorming-generator"
@@ -147,8 +147,11 @@ class Screen:
             f"{bar} {change:+}" if change else bar,
             run.reason,
         )
-        first, *more = textwrap.wrap(record.get("message") or str(run), self.width - MARGIN)
         code = "32" if change > 0 else "33" if change < 0 else "0"
+        self.sentence(start, record.get("message") or str(run), code)
+
+    def sentence(self, start: str, text: str, code: str) -> None:
+        first, *more = textwrap.wrap(text, self.width - MARGIN)
         print(self.paint(start + first, code))
         for line in more:
             print(self.paint(" " * MARGIN + line, code))
@@ -272,18 +275,63 @@ def idle_pods_first(screen: Screen) -> None:
         screen.check(killed == 2, f"{killed} busy pods removed, which is what BUSY_FILTER is for")
 
 
+BURST_INTERVAL_SECONDS = 1
+
+
+def burst(screen: Screen) -> None:
+    """One run that looks again every second, on the real clock."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        FakeKubernetes(seed=1) as cluster,
+        FakeFirestore(project=PROJECT) as queue,
+    ):
+        cluster.add_deployment(NAME, replicas=1)
+        interval = str(BURST_INTERVAL_SECONDS)
+        settings = {"POLLING_INTERVAL_SECONDS": interval, "TIMEOUT_SECONDS": "5"}
+        world = World(cluster, queue.host, NAME, None, settings, Path(directory))
+        screen.headline(
+            f"6. Five jobs at once, with POLLING_INTERVAL_SECONDS={interval} and the real clock",
+            "3 pods within seconds, not at the next minute: one run looks again and again.",
+        )
+        run = world.start(log=Path(directory) / "log")
+        wait_until(lambda: bool(cluster.requests), 10)
+        time.sleep(1.5 * BURST_INTERVAL_SECONDS)
+        queue.fill(5)
+        seconds = wait_until(lambda: bool(cluster.scales), 10)
+        for line in run.communicate(timeout=30)[0].splitlines():
+            reason, _, text = line.partition(" AutoScaler ")[2].partition(" ")[2].partition(": ")
+            start = LINE.format("", "", "", "", reason)
+            screen.sentence(start, text, "32" if reason == "ScaledUp" else "0")
+        screen.runs += 1
+        pods, looks = len(cluster.pods(NAME)), len(cluster.calls(Match("get", "deployments")))
+        screen.check(
+            pods == 3 and seconds <= BURST_INTERVAL_SECONDS + 1,
+            f"{pods} pods {seconds:.1f} s after the jobs came, in a run of {looks} looks",
+        )
+
+
+def wait_until(holds: Callable[[], bool], most_seconds: float) -> float:
+    """The seconds until it holds, or the most."""
+    begun = time.monotonic()
+    while not holds() and time.monotonic() - begun < most_seconds:
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
 def demo(screen: Screen) -> int:
     started = time.monotonic()
     print(
         textwrap.fill(
             "queue-scaler between an embedded Firestore (gRPC) and an embedded Kubernetes API "
             "(HTTP), both on free ports of this machine. Each line is one run of scaler.py, as a "
-            "process, a minute after the one before; only its clock is moved, so nobody waits.",
+            "process, a minute after the one before; only its clock is moved, so nobody waits. The "
+            "last scenario is on the real clock.",
             screen.width,
         )
     )
     guide(screen)
     idle_pods_first(screen)
+    burst(screen)
     seconds = time.monotonic() - started
     print()
     print(f"{screen.runs} runs of scaler.py in {seconds:.0f} s; nothing is left running.")

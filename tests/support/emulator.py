@@ -21,10 +21,13 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+from google.cloud.firestore import Client
 
 # Read at import: tests set this variable for the clients that they start.
 NAMED_HOST = os.environ.get("FIRESTORE_EMULATOR_HOST", "")
@@ -150,3 +153,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@dataclass(frozen=True)
+class EmulatedQueue:
+    """The official emulator, filled as the fake is."""
+
+    host: str
+    client: Client
+
+    def put(self, path: str, fields: Mapping[str, object]) -> None:
+        self.client.document(path).set(dict(fields))

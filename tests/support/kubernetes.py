@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -354,19 +354,15 @@ def _key_usage(ca: bool) -> x509.KeyUsage:
 
 
 class FakeKubernetes:
-    """A cluster on loopback. `controllers`: "at once" (before a write is answered), "on settle"
-    (when `settle` is called) or "in background" (one write every `step_seconds`, as a real
-    controller interferes with its clients)."""
+    """A cluster on loopback, whose controllers are done before a write is answered."""
 
     def __init__(
         self,
         *,
         tls: bool = False,
-        controllers: Literal["at once", "on settle", "in background"] = "at once",
         nodes: Sequence[str] = ("node-a", "node-b", "node-c"),
         seed: int | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        step_seconds: float = 0.02,
     ) -> None:
         self.store = Store(clock, random.Random(seed))
         self.access = Access()
@@ -374,17 +370,10 @@ class FakeKubernetes:
         self.api = Api(self.store, self.access, self.controllers)
         self.api.touched = self._touched
         self.requests: list[Request] = []
-        self._mode = controllers
-        self._step_seconds = step_seconds
-        self._waiting: dict[tuple[str, str], None] = {}  # Deployments to reconcile, in order
         self._faults: list[Fault] = []
         self._hooks: list[Hook] = []
         self._server: _Server | None = None
         self._port = 0
-        self._stopped = threading.Event()
-        self._worker: threading.Thread | None = None
-        if controllers == "in background":
-            self._worker = threading.Thread(target=self._work, daemon=True)
         self._tls: ssl.SSLContext | None = None
         self._ca = b""
         if tls:
@@ -395,14 +384,9 @@ class FakeKubernetes:
 
     def __enter__(self) -> FakeKubernetes:
         self.resume_listening()
-        if self._worker:
-            self._worker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        if self._worker:
-            self._worker.join()
         self.stop_listening()
 
     def stop_listening(self) -> None:
@@ -507,8 +491,8 @@ class FakeKubernetes:
             reply = behaviour.answer(request)
         silent = behaviour is not None and behaviour.what in ("hang", "reset")
         request = replace(request, status=reply.status if reply and not silent else 0)
-        self._run_hooks(request, "after")
         self.requests.append(request)
+        self._run_hooks(request, "after")
         return reply or Answer(0, b""), behaviour
 
     def _run_hooks(self, request: Request, when: str) -> None:
@@ -520,37 +504,10 @@ class FakeKubernetes:
                 hook.hits += 1
             hook.call(request)
 
-    # Controllers
-
-    def settle(self) -> None:
-        """Lets the controllers finish whatever they have to do."""
-        with self.store.lock:
-            while self._waiting:
-                key = next(iter(self._waiting))
-                del self._waiting[key]
-                for _ in self.controllers.reconcile(*key):
-                    pass
-
     def _touched(self, namespace: str, name: str) -> None:
-        self._waiting[(namespace, name)] = None
-        if self._mode == "at once":
-            self.settle()
-
-    def _work(self) -> None:
-        """The controllers' thread: in the background, one write at a time."""
-        while not self._stopped.wait(self._step_seconds):
-            with self.store.lock:
-                key = next(iter(self._waiting), None)
-                if key is None:
-                    continue
-                del self._waiting[key]
-            steps = self.controllers.reconcile(*key)
-            while self._step(steps) and not self._stopped.wait(self._step_seconds):
-                pass
-
-    def _step(self, steps: Iterator[None]) -> bool:
+        """Lets the controllers do whatever they have to do about a Deployment."""
         with self.store.lock:
-            return next(steps, self) is not self
+            self.controllers.reconcile(namespace, name)
 
     # The world as a test sets it up and looks at it
 
@@ -559,19 +516,18 @@ class FakeKubernetes:
         name: str,
         namespace: str = "default",
         *,
-        replicas: int | None = 1,
+        replicas: int = 1,
         annotations: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
         selector: Object | None = None,
-        nodes: Sequence[str] | None = None,
         manager: str = "kubectl-create",
     ) -> Object:
-        """A Deployment with its pods. `replicas` None leaves the field out, which no API server
-        stores but clients have to bear; `nodes` are where its pods go, () leaves them pending."""
+        """A Deployment with its pods."""
         labels = dict(labels or {"app": name})
         obj: Object = {
             "metadata": {"name": name, "namespace": namespace, "labels": labels},
             "spec": {
+                "replicas": replicas,
                 "selector": selector or {"matchLabels": labels},
                 "template": {
                     "metadata": {"labels": labels},
@@ -581,14 +537,8 @@ class FakeKubernetes:
         }
         if annotations:
             obj["metadata"]["annotations"] = dict(annotations)
-        if replicas is not None:
-            obj["spec"]["replicas"] = replicas
         set_defaults(KINDS["deployments"], obj)
-        if replicas is None:
-            del obj["spec"]["replicas"]
         with self.store.lock:
-            if nodes is not None:
-                self.controllers.nodes_of[(namespace, name)] = nodes
             self.store.create(KINDS["deployments"], obj, Writer(manager))
             self._touched(namespace, name)
         return self.deployment(name, namespace)

@@ -8,7 +8,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import yaml
 
@@ -16,11 +16,9 @@ from tests.support.kubernetes_controllers import (
     Controllers,
     _owner,
     _uid,
-    is_active,
 )
 from tests.support.kubernetes_objects import (
     ADMIN_GROUP,
-    BODY_TYPES,
     KINDS,
     KNOWN_PATHS,
     SCALE,
@@ -42,7 +40,6 @@ from tests.support.kubernetes_objects import (
     random_name,
     selector_text,
     set_defaults,
-    stamp,
     validate,
     wanted_replicas,
 )
@@ -191,10 +188,6 @@ class Api:
             traceback.print_exc()
             return json_answer(500, ApiError(500, f"Internal error occurred: {error!r}").status)
 
-    def forget_pages(self) -> None:
-        """Lets every continue token expire, as etcd's compaction does after some minutes."""
-        self._snapshots.clear()
-
     def _dispatch(self, request: Request, content_type: str) -> tuple[int, Object]:
         if request.path == "/version":
             return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
@@ -206,22 +199,15 @@ class Api:
         if named_create or request.verb not in kind.verbs[request.subresource].split():
             text = "the server does not allow this method on the requested resource"
             raise ApiError(405, text, {})
-        _check_options(request)
-        if request.verb in ("create", "update") and content_type not in BODY_TYPES:
-            accepted = "application/json, application/yaml, application/vnd.kubernetes.protobuf"
-            text = "the body of the request was in an unknown format - accepted media types include"
-            raise ApiError(415, f"{text}: {accepted}")
         if request.verb == "list":
             return 200, self._list(kind, request)
         if request.verb == "create":
             return 201, self._create(kind, request)
         obj = self.store.get(kind.resource, request.namespace, request.name)
         if obj is None:
-            if (request.verb, request.subresource) == ("get", "scale"):
-                kind = replace(kind, resource="deployments/scale")
             raise not_found(kind, request.name)
         if request.verb == "delete":
-            return 200, self._delete(kind, obj, request)
+            return 200, self._delete(kind, obj)
         if request.verb in ("update", "patch"):
             obj = self._write(kind, obj, request, content_type)
         return 200, scale_of(obj) if request.subresource == "scale" else obj
@@ -229,7 +215,7 @@ class Api:
     def _list(self, kind: Kind, request: Request) -> Object:
         query = request.query
         selected = parse_selector(query.get("labelSelector", ""))
-        fields = parse_field_selector(kind, query.get("fieldSelector", ""))
+        fields = parse_field_selector(query.get("fieldSelector", ""))
         revision, start, found = self._page_start(kind, request)
         chosen = [
             obj
@@ -274,12 +260,12 @@ class Api:
             meta["name"] = meta["generateName"][:58] + random_name(self.store.rng, 5)
         set_defaults(kind, obj)
         obj.pop("status", None)
-        self._validate(kind, obj, None)
+        self._validate(kind, obj)
         if self.store.get(kind.resource, request.namespace, meta["name"]):
             text = f'{kind.qualified} "{meta["name"]}" already exists'
             raise ApiError(409, text, _details(kind, meta["name"]), "AlreadyExists")
-        obj = self.store.create(kind, obj, writer_of(request), _persists(request))
-        self._touch(kind, obj, request)
+        obj = self.store.create(kind, obj, writer_of(request))
+        self._touch(kind, obj)
         return obj
 
     def _write(self, kind: Kind, old: Object, request: Request, content_type: str) -> Object:
@@ -291,8 +277,12 @@ class Api:
         else:
             new = _body_object(shown_kind, request)
         new = copy.deepcopy(new)
-        _check_name(new, request)
-        _check_preconditions(kind, shown, new, request.verb)
+        if new.get("metadata", {}).get("resourceVersion", "") not in (
+            "",
+            "0",
+            old["metadata"]["resourceVersion"],
+        ):
+            raise conflict(kind, request.name)
         problem = _not_decodable(shown_kind, new)
         if problem and request.verb == "patch":
             text = f"Invalid value: {json.dumps(json.dumps(new))}: {problem}"
@@ -300,46 +290,34 @@ class Api:
         if problem:
             raise ApiError(400, _cannot_handle(shown_kind, problem))
         if scaling:
-            self._validate(shown_kind, new, None)
+            self._validate(shown_kind, new)
             replicas = new.get("spec", {}).get("replicas", 0)
             new = {**old, "spec": {**old["spec"], "replicas": replicas}}
         else:
-            new = _only_what_may_change(kind, old, new, request.subresource)
+            # The status is written through a subresource alone, which this server has not.
+            new["status"] = old.get("status")
             set_defaults(kind, new)
-            self._validate(kind, new, old)
-        new = self.store.update(kind, old, new, writer_of(request), _persists(request))
+            self._validate(kind, new)
+        new = self.store.update(kind, old, new, writer_of(request))
         if new is not old:
-            self._touch(kind, new, request)
+            self._touch(kind, new)
         return new
 
-    def _delete(self, kind: Kind, obj: Object, request: Request) -> Object:
-        options = request.body if isinstance(request.body, dict) else {}
-        for field_name, wanted in (options.get("preconditions") or {}).items():
-            found = obj["metadata"].get(field_name)
-            if wanted != found:
-                shown = replace(kind, resource=kind.kind)
-                text = f"the {field_name} in the precondition ({wanted}) does not match the"
-                raise conflict(shown, request.name, f"{text} {field_name} in record ({found}).")
-        if _persists(request):
-            if kind.resource != "pods":
-                self.store.remove(kind, obj)
-            elif is_active(obj) or not self.controllers.keep_terminating:
-                self.controllers.delete_pod(obj)
-            self._touch(kind, obj, request)
-        if kind.resource != "pods":
-            return _deleted(kind, obj)
-        going = {"deletionTimestamp": stamp(self.store.clock()), "deletionGracePeriodSeconds": 0}
-        return {**obj, "metadata": going | obj["metadata"]}
+    def _delete(self, kind: Kind, obj: Object) -> Object:
+        if kind.resource == "pods":
+            self.controllers.delete_pod(obj)
+        else:
+            self.store.remove(kind, obj)
+        self._touch(kind, obj)
+        return obj
 
-    def _validate(self, kind: Kind, obj: Object, old: Object | None) -> None:
-        problems = validate(kind, obj, old)
+    def _validate(self, kind: Kind, obj: Object) -> None:
+        problems = validate(kind, obj)
         if problems:
             raise invalid(kind, obj["metadata"].get("name", ""), problems)
 
-    def _touch(self, kind: Kind, obj: Object, request: Request) -> None:
+    def _touch(self, kind: Kind, obj: Object) -> None:
         """Wakes the controllers for the Deployment that a write is about."""
-        if not _persists(request):
-            return
         meta = obj["metadata"]
         if kind.resource == "deployments":
             self.touched(meta["namespace"], meta["name"])
@@ -361,10 +339,6 @@ def _limit(text: str) -> int:
 
 def _key(obj: Object) -> str:
     return f"{obj['metadata']['namespace']}/{obj['metadata']['name']}"
-
-
-def _persists(request: Request) -> bool:
-    return request.query.get("dryRun") != "All"
 
 
 def writer_of(request: Request) -> Writer:
@@ -393,59 +367,6 @@ def _body_object(kind: Kind, request: Request) -> Object:
     if problem:
         raise ApiError(400, _cannot_handle(kind, problem))
     return {"kind": kind.kind, "apiVersion": kind.api_version, **obj}
-
-
-def _check_options(request: Request) -> None:
-    kind = Kind("", f"{request.verb.capitalize()}Options", "meta.k8s.io", {})
-    dry_run = request.query.get("dryRun")
-    if dry_run not in (None, "", "All"):
-        text = f'Unsupported value: []string{{"{dry_run}"}}: supported values: "All"'
-        raise invalid(kind, "", [Problem("dryRun", text, "FieldValueNotSupported")])
-    if len(request.query.get("fieldManager", "")) > 128:
-        text = "Too long: may not be more than 128 bytes"
-        raise invalid(kind, "", [Problem("fieldManager", text, "FieldValueTooLong")])
-
-
-def _check_name(obj: Object, request: Request) -> None:
-    name = (obj.get("metadata") or {}).get("name", "")
-    if name != request.name:
-        text = f"the name of the object ({name}) does not match the name on the URL"
-        raise ApiError(400, f"{text} ({request.name})")
-
-
-def _check_preconditions(kind: Kind, old: Object, new: Object, verb: str) -> None:
-    """resourceVersion and uid, where a write names them, have to be the current ones."""
-    name, wanted = old["metadata"]["name"], new.get("metadata", {})
-    uid = wanted.get("uid")
-    if uid and uid != _uid(old):
-        if verb == "patch":
-            text = f'Invalid value: "{uid}": field is immutable'
-            raise invalid(kind, name, [Problem("metadata.uid", text)])
-        text = f"Precondition failed: UID in precondition: {uid}, UID in object meta: {_uid(old)}"
-        raise conflict(kind, name, text)
-    if wanted.get("resourceVersion", "0") not in ("", "0", old["metadata"]["resourceVersion"]):
-        raise conflict(kind, name)
-
-
-def _only_what_may_change(kind: Kind, old: Object, new: Object, subresource: str) -> Object:
-    """Status is written through /status alone, and /status writes no spec."""
-    kept = ("status",) if not subresource else ("spec",)
-    new = {k: v for k, v in new.items() if k not in kept} | {k: old[k] for k in kept if k in old}
-    meta = {k: v for k, v in new["metadata"].items() if not k.startswith("deletion")}
-    kept_meta = ["deletionTimestamp", "deletionGracePeriodSeconds"]
-    if subresource and kind.resource == "deployments":
-        kept_meta.append("labels")
-    new["metadata"] = meta | {k: old["metadata"][k] for k in kept_meta if k in old["metadata"]}
-    return {**new, "kind": kind.kind, "apiVersion": kind.api_version}
-
-
-def _deleted(kind: Kind, obj: Object) -> Object:
-    details = {**_details(kind, obj["metadata"]["name"]), "uid": _uid(obj)}
-    details = {k: v for k, v in details.items() if v}
-    return {
-        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
-        "details": details,
-    }  # fmt: skip
 
 
 def scale_of(deployment: Object) -> Object:

@@ -9,7 +9,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from tests.support.kubernetes_objects import (
@@ -136,24 +136,19 @@ class Controllers:
     def __init__(self, store: Store, nodes: Sequence[str]) -> None:
         self.store = store
         self.nodes = nodes
-        self.nodes_of: dict[tuple[str, str], Sequence[str]] = {}
         self.held: set[tuple[str, str]] = set()  # rollouts that make no progress
         self.keep_terminating = False
         self.deleted_pods: list[str] = []
 
-    def reconcile(self, namespace: str, name: str) -> Iterator[None]:
-        """Brings the pods to what the Deployment wants, as it is now, step by step."""
+    def reconcile(self, namespace: str, name: str) -> None:
+        """Brings the pods to what the Deployment wants, as it is now."""
         for step in (
-            self._see, self._keep_proportions, self._replace_pods, self._roll_out,
-            self._replace_pods, self._count, self._report,
+            self._keep_proportions, self._replace_pods, self._roll_out, self._replace_pods,
+            self._report,
         ):  # fmt: skip
             deployment = self.store.get("deployments", namespace, name)
-            if deployment is None:
-                return self._collect_garbage(namespace)
-            before = self.store.revision
-            step(deployment)
-            if self.store.revision != before:
-                yield
+            if deployment is not None:
+                step(deployment)
 
     def sets(self, deployment: Object) -> list[Object]:
         """The Deployment's ReplicaSets, the newest first."""
@@ -291,10 +286,8 @@ class Controllers:
         )  # fmt: skip
 
     def _next_node(self, deployment: Object) -> str:
-        meta = deployment["metadata"]
-        nodes = self.nodes_of.get((meta["namespace"], meta["name"]), self.nodes)
         used = Counter(pod["spec"].get("nodeName") for pod in self.pods(deployment))
-        return min(nodes, key=lambda node: used[node], default="")
+        return min(self.nodes, key=lambda node: used[node], default="")
 
     def _counts(self, pods: Sequence[Object], owner: Object) -> Object:
         active = [pod for pod in pods if is_active(pod)]
@@ -302,19 +295,8 @@ class Controllers:
         counts = {"replicas": len(active), "observedGeneration": owner["metadata"]["generation"]}
         return counts | ({"readyReplicas": ready, "availableReplicas": ready} if ready else {})
 
-    def _see(self, deployment: Object) -> None:
-        """Upstream's first write of the status: this spec was seen."""
-        status = deployment.get("status", {})
-        seen = {**status, "observedGeneration": deployment["metadata"]["generation"]}
-        self._write_status(deployment, seen)
-
-    def _count(self, deployment: Object) -> None:
-        """Its second: so many pods are there."""
-        count = self._counts(self.pods(deployment), deployment)["replicas"]
-        self._write_status(deployment, {**deployment["status"], "replicas": count})
-
     def _report(self, deployment: Object) -> None:
-        """Its last: so many are ready."""
+        """The Deployment's status: so many are there, and so many are ready."""
         status = self._counts(self.pods(deployment), deployment)
         newest = self.sets(deployment)[:1]
         updated = [pod for owned in newest for pod in self.pods(owned) if is_active(pod)]
@@ -331,40 +313,9 @@ class Controllers:
     ) -> None:
         new = copy.deepcopy(old)
         new["status"] = status
-        if old["kind"] == "Deployment":
-            enough = status.get("readyReplicas", 0) >= wanted_replicas(old)
-            new["status"] = {**status, "conditions": self._conditions(old, enough)}
         if annotations:
             new["metadata"].setdefault("annotations", {}).update(annotations)
         self._write(old, new, "status")
-
-    def _conditions(self, old: Object, enough: bool) -> list[Object]:
-        words = {True: "MinimumReplicasAvailable", False: "MinimumReplicasUnavailable"}
-        before = {c["type"]: c for c in old.get("status", {}).get("conditions", [])}
-        now = stamp(self.store.clock())
-        found = []
-        for kind, status, reason in (
-            ("Available", str(enough), words[enough]),
-            ("Progressing", "True", "NewReplicaSetAvailable" if enough else "ReplicaSetUpdated"),
-        ):
-            last = before.get(kind, {})
-            if (last.get("status"), last.get("reason")) == (status, reason):
-                found.append(last)
-                continue
-            changed = last.get("lastTransitionTime", now) if last.get("status") == status else now
-            found.append({
-                "type": kind, "status": status, "reason": reason,
-                "lastUpdateTime": now, "lastTransitionTime": changed,
-            })  # fmt: skip
-        return found
-
-    def _collect_garbage(self, namespace: str) -> None:
-        """Removes what belongs to an owner that is gone."""
-        for resource in ("replicasets", "pods"):
-            alive = {_uid(obj) for obj in self.store.objects.values()}
-            for obj in self.store.find(resource, namespace):
-                if _owner(obj) and _owner(obj) not in alive:
-                    self.store.remove(KINDS[resource], obj)
 
 
 def pod_status(spec: Object, now: str) -> Object:

@@ -62,18 +62,13 @@ KINDS = {
             "deployments",
             "Deployment",
             "apps",
-            {
-                "": "get list create update patch delete",
-                "scale": _WRITABLE,
-                "status": _WRITABLE,
-            },
+            {"": "get list create patch delete", "scale": _WRITABLE},
         ),
         Kind("replicasets", "ReplicaSet", "apps", {"": "get list"}),
-        Kind("pods", "Pod", "", {"": "get list update patch delete", "status": _WRITABLE}),
-        Kind("events", "Event", "", {"": "get list create update patch delete"}),
+        Kind("pods", "Pod", "", {"": "get list patch delete"}),
+        Kind("events", "Event", "", {"": "get list create"}),
     )
 }
-BODY_TYPES = ("", "application/json")
 KNOWN_PATHS = ("/version", "/api/v1/", "/apis/apps/v1/")
 SCALE = Kind("deployments", "Scale", "autoscaling", {})
 
@@ -262,24 +257,12 @@ def selector_text(selector: Object) -> str:
     return ",".join(parts)
 
 
-_POD_FIELDS = {"spec.nodeName", "spec.restartPolicy", "status.phase", "status.podIP"}
-_EVENT_FIELDS = {
-    "type", "reason", "reportingComponent", "involvedObject.kind", "involvedObject.namespace",
-    "involvedObject.name", "involvedObject.uid", "involvedObject.resourceVersion",
-    "involvedObject.apiVersion", "involvedObject.fieldPath",
-}  # fmt: skip
-
-
-def parse_field_selector(kind: Kind, text: str) -> Callable[[Object], bool]:
-    allowed = {"metadata.name", "metadata.namespace"}
-    allowed |= {"pods": _POD_FIELDS, "events": _EVENT_FIELDS}.get(kind.resource, set())
+def parse_field_selector(text: str) -> Callable[[Object], bool]:
     tests: list[tuple[str, bool, str]] = []
     for part in filter(None, text.split(",")):
         found = re.fullmatch(r"([\w.]+)(==|=|!=)(.*)", part)
         if not found:
             raise ApiError(400, f"invalid selector: '{part}'; can't understand '{part}'")
-        if found[1] not in allowed:
-            raise ApiError(400, f"field label not supported: {found[1]}")
         tests.append((found[1], found[2] != "!=", found[3]))
     return lambda obj: all((str(dig(obj, path)) == value) is same for path, same, value in tests)
 
@@ -294,7 +277,6 @@ def dig(obj: Object, path: str) -> Any:
 # --- Patches -------------------------------------------------------------------------------------
 
 
-JSON_PATCH = "application/json-patch+json"
 MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
 
 
@@ -347,21 +329,11 @@ def _json_patch_step(holder: Any, last: str, step: Object) -> None:
 
 def apply_patch(current: Object, patch: Any, content_type: str) -> Object:
     """The object with the patch applied, or the error that upstream answers."""
-    if content_type == JSON_PATCH:
-        if not isinstance(patch, list):
-            text = "json: cannot unmarshal object into Go value of type jsonpatch.Patch"
-            raise ApiError(400, text)
-        try:
-            result = json_patch(current, patch)
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-            text = "the server rejected our request due to an error in our request"
-            raise ApiError(422, text, {}) from error
-    elif content_type in MERGE_PATCHES:
-        if not isinstance(patch, dict):
-            raise ApiError(400, "error decoding patch: json: cannot unmarshal into a map")
-        result = merge(current, patch)
-    else:
+    if content_type not in MERGE_PATCHES:
         raise ApiError(415, "415: Unsupported Media Type", {})
+    if not isinstance(patch, dict):
+        raise ApiError(400, "error decoding patch: json: cannot unmarshal into a map")
+    result = merge(current, patch)
     return result if isinstance(result, dict) else {}
 
 
@@ -491,18 +463,10 @@ def set_defaults(kind: Kind, obj: Object) -> None:
         rolling.setdefault("maxSurge", "25%")
 
 
-_ANNOTATION_KEY = re.compile(
-    r"(?:[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?/)?[a-z0-9](?:[-\w.]{0,61}[a-z0-9])?"
-)
-_NOT_A_NAME = (
-    "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end"
-    " with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for"
-    " validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')"
-)
 _DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leading zero
 
 
-def validate(kind: Kind, obj: Object, old: Object | None) -> list[Problem]:
+def validate(kind: Kind, obj: Object) -> list[Problem]:
     """Upstream's objections to an object, for what this server knows of it."""
     problems = _annotation_problems(kind, obj["metadata"].get("annotations") or {})
     if not obj["metadata"].get("name"):
@@ -511,11 +475,6 @@ def validate(kind: Kind, obj: Object, old: Object | None) -> list[Problem]:
     if kind.kind in ("Deployment", "Scale") and obj["spec"].get("replicas", 0) < 0:
         text = f"Invalid value: {obj['spec']['replicas']}: must be greater than or equal to 0"
         problems.append(Problem("spec.replicas", text))
-    if kind.kind == "Deployment":
-        problems += _deployment_problems(obj["spec"], old)
-    if kind.kind == "Pod" and old and obj.get("spec") != old.get("spec"):
-        text = "Forbidden: pod updates may not change fields other than `spec.containers[*].image`"
-        problems.append(Problem("spec", text, "FieldValueForbidden"))
     if kind.kind == "Event":
         about = obj.get("involvedObject", {}).get("namespace", "")
         if about != obj["metadata"]["namespace"]:
@@ -527,9 +486,6 @@ def validate(kind: Kind, obj: Object, old: Object | None) -> list[Problem]:
 def _annotation_problems(kind: Kind, annotations: Mapping[str, str]) -> list[Problem]:
     where = "metadata.annotations"
     problems = []
-    for key in annotations:
-        if not _ANNOTATION_KEY.fullmatch(key.lower()):
-            problems.append(Problem(where, f'Invalid value: "{key}": {_NOT_A_NAME}'))
     if sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > (
         ANNOTATIONS_LIMIT_BYTES
     ):
@@ -539,24 +495,6 @@ def _annotation_problems(kind: Kind, annotations: Mapping[str, str]) -> list[Pro
     if kind.kind == "Pod" and cost is not None and deletion_cost(cost) is None:
         text = f'Invalid value: "{cost}": must be a 32bit integer'
         problems.append(Problem(f"{where}[{DELETION_COST}]", text))
-    return problems
-
-
-def _deployment_problems(spec: Object, old: Object | None) -> list[Problem]:
-    selector, template = spec.get("selector") or {}, spec.get("template") or {}
-    if not selector:
-        return [Problem("spec.selector", "Required value", "FieldValueRequired")]
-    problems = []
-    labels = template.get("metadata", {}).get("labels") or {}
-    if not parse_selector(selector_text(selector))(labels):
-        text = f"Invalid value: {json.dumps(labels)}: `selector` does not match template `labels`"
-        problems.append(Problem("spec.template.metadata.labels", text))
-    if not template.get("spec", {}).get("containers"):
-        where = "spec.template.spec.containers"
-        problems.append(Problem(where, "Required value", "FieldValueRequired"))
-    if old and old["spec"].get("selector") != selector:
-        text = f"Invalid value: {json.dumps(selector)}: field is immutable"
-        problems.append(Problem("spec.selector", text))
     return problems
 
 
@@ -612,7 +550,7 @@ class Store:
             if found == resource and namespace in ("", space)
         ]
 
-    def create(self, kind: Kind, obj: Object, writer: Writer, keep: bool = True) -> Object:
+    def create(self, kind: Kind, obj: Object, writer: Writer) -> Object:
         obj = copy.deepcopy(obj)
         meta = obj["metadata"]
         now = stamp(self.clock())
@@ -622,11 +560,9 @@ class Store:
             meta["generation"] = 1
         obj = {"kind": kind.kind, "apiVersion": kind.api_version, **obj}
         meta["managedFields"] = managed_fields({}, obj, writer, kind.api_version, now)
-        return self._put(kind, obj, keep)
+        return self._put(kind, obj)
 
-    def update(
-        self, kind: Kind, old: Object, new: Object, writer: Writer, keep: bool = True
-    ) -> Object:
+    def update(self, kind: Kind, old: Object, new: Object, writer: Writer) -> Object:
         """Writes `new` over `old`, or nothing at all where nothing differs."""
         new = copy.deepcopy(new)
         meta = new["metadata"]
@@ -643,21 +579,20 @@ class Store:
             meta["generation"] = meta.get("generation", 0) + 1
         now = stamp(self.clock())
         meta["managedFields"] = managed_fields(old, new, writer, kind.api_version, now)
-        if kind.resource == "deployments" and keep:
+        if kind.resource == "deployments":
             self._note_scale(old, new, writer)
-        return self._put(kind, new, keep)
+        return self._put(kind, new)
 
     def remove(self, kind: Kind, obj: Object) -> None:
         self.revision += 1
         meta = obj["metadata"]
         self.objects.pop((kind.resource, meta["namespace"], meta["name"]), None)
 
-    def _put(self, kind: Kind, obj: Object, keep: bool) -> Object:
+    def _put(self, kind: Kind, obj: Object) -> Object:
         meta = obj["metadata"]
-        if keep:
-            self.revision += 1
-            meta["resourceVersion"] = str(self.revision)
-            self.objects[(kind.resource, meta["namespace"], meta["name"])] = obj
+        self.revision += 1
+        meta["resourceVersion"] = str(self.revision)
+        self.objects[(kind.resource, meta["namespace"], meta["name"])] = obj
         return obj
 
     def _note_scale(self, old: Object, new: Object, writer: Writer) -> None:
