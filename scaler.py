@@ -462,8 +462,8 @@ class QueueLength:
 
 @dataclass(frozen=True)
 class State:
-    """What the Deployment's annotations say, each in the field of its name. Of `last_scale` the
-    direction, "up", "down" or unknown. `warnings` names each value that does not count."""
+    """What the Deployment's annotations say, each in the field of its name. `last_scale` is the
+    direction, if it is "up" or "down". `warnings` names each value that does not count."""
 
     last_scale_time: datetime | None = None
     last_scale: str | None = None
@@ -560,11 +560,6 @@ def write_history(entries: Iterable[Recommendation]) -> str | None:
     return " ".join(f"{at}:{replicas}" for at, replicas in sorted(entries)) or None
 
 
-def read_direction(value: str) -> str | None:
-    word = value.strip().partition(" ")[0]
-    return word if word in ("up", "down") else None
-
-
 def read_pause(value: str) -> bool:
     word = value.strip().lower()
     if word not in ("true", "t", "1", "false", "f", "0"):
@@ -596,7 +591,8 @@ def parse_state(
         return read_time(value)
 
     parsers: dict[str, Callable[[str], Any]] = {LAST_SCALE_TIME: past, FAILING_SINCE: past}
-    parsers |= {LAST_SCALE: read_direction, RECOMMENDATIONS: read_history, PAUSED_UNTIL: read_time}
+    parsers |= {RECOMMENDATIONS: read_history, PAUSED_UNTIL: read_time}
+    parsers[LAST_SCALE] = lambda value: value.strip().partition(" ")[0]
     parsers |= dict.fromkeys((PAUSED, PAUSED_SCALE_IN, PAUSED_SCALE_OUT), read_pause)
     found: dict[str, Any] = {}
     warnings = []
@@ -824,7 +820,7 @@ def limit_step(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
         most = math.ceil(current * (1 + size / 100)) if "%" in limit else current + size
         return min(target, max(most, current + 1))
     least = int(current * (1 - size / 100)) if "%" in limit else current - size
-    return max(target, min(least, current - 1))
+    return max(target, least)
 
 
 def leave_busy_pods(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
@@ -1007,7 +1003,6 @@ class Run:
     def enter(self, stage: str, reason: Reason) -> None:
         """Say what the run is about to wait for, and the reason it ends with if that fails."""
         self.stage, self.stage_reason = stage, reason
-        self.log("DEBUG", f"{stage}, {time.monotonic() - self.started:.3f} s after the start")
 
     def break_off(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
         """The decision of a look that ends without one, or before it was carried out."""
@@ -1210,10 +1205,14 @@ class JobQueue:
 
         def once() -> T:
             self._run.enter(doing, "QueueUnavailable")
+            started = time.monotonic()
             try:
-                return read(query, retry=never, timeout=self._run.for_call(reserve=True))
+                answer = read(query, retry=never, timeout=self._run.for_call(reserve=True))
             except (GoogleAPIError, GoogleAuthError) as error:
                 raise queue_failure(doing, error) from error
+            took = time.monotonic() - started
+            self._run.log("DEBUG", f"{doing} took {took:.3f} s: {answer}")
+            return answer
 
         return self._run.retrying("transient", reserve=True)(once)
 
@@ -1477,7 +1476,10 @@ class Cluster:
             raise Failure("ClusterUnavailable", f"no time was left for {doing}")
         group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
         path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
+        started = time.monotonic()
         response = self._request(doing, method, path, body, query)
+        took = time.monotonic() - started
+        self.run.log("DEBUG", f"{method} {path}: {response.status} in {took:.3f} s")
         if not 200 <= response.status < 300:
             raise self._refusal(doing, method, resource, response)
         try:
