@@ -74,8 +74,8 @@ class Mutations(libcst.CSTVisitor):
     def on_visit(self, node: libcst.CSTNode) -> bool:
         if isinstance(node, libcst.FunctionDef | libcst.ClassDef):
             self._names.append(node.name.value)
-        # Annotations are never evaluated, and imports are other people's names.
-        if isinstance(node, libcst.Annotation | libcst.Import | libcst.ImportFrom):
+        # What is not run with a function, or says nothing of ours.
+        if isinstance(node, libcst.Annotation | libcst.Decorator | libcst.Import | libcst.ImportFrom):
             return False
         for kind, operator in mutation_operators:
             if isinstance(node, kind) and self._wanted(node):
@@ -129,7 +129,7 @@ def passes(source: str, tests: Sequence[str], limit: int) -> bool:
         for stream in range(3):
             os.dup2(nothing, stream)
         signal.alarm(limit)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        os._exit(pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", *tests]))
     _, status = os.waitpid(child, 0)
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
