@@ -40,7 +40,7 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 SCRIPT = Path("scaler.py")
 EXPLAINED = Path("tests/mutants.md")
 SECTIONS = ("settings", "decision")
-TESTS = ("decide", "settings", "annotations", "schedule", "stabilization")
+TESTS = ("decide", "settings", "annotations", "schedule", "stabilization", "rollback", "busy")
 AT_LEAST = 90
 LIBRARIES = ("google.cloud.firestore", "kubernetes.client", "kubernetes.config", "yaml")
 
@@ -155,7 +155,7 @@ def main() -> int:
     chosen = parser.parse_args()
 
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    tests = [*tests, "tests", "-m", "not slow"] if chosen.whole else tests
+    tests += ["-m", "not slow", *(["tests"] if chosen.whole else [])]
     known, source, begun = explained(), SCRIPT.read_text(), time.monotonic()
     found = Mutations(source, () if chosen.whole else SECTIONS).found
     drawn = found
