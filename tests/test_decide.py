@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def observed(
     return Inputs(START, replicas, state, queue, floor, because, own_zero)
 
 
-def ago(seconds: float, direction: str = "up") -> dict[str, str]:
+def ago(seconds: float, direction: str = "up") -> dict[str, Any]:
     """A scale so long ago."""
     when = scaler.write_time(START - timedelta(seconds=seconds))
     return {"last_scale_time": when, "last_scale": f"{direction} 1->2"}
@@ -342,7 +343,7 @@ def test_a_second_identical_run_changes_nothing(
         assert second.replicas == first.replicas, second.message
 
 
-def failing(seconds: float) -> dict[str, str]:
+def failing(seconds: float) -> dict[str, Any]:
     return {"queue_failing_since": scaler.write_time(START - timedelta(seconds=seconds))}
 
 

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +48,14 @@ LIBRARIES = ("google.cloud.firestore", "kubernetes.client", "kubernetes.config",
 
 @dataclass(frozen=True, order=True)
 class Mutant:
-    """Where it is, without a line number: those move. `before` and `after` are the changed lines."""
+    """Where it is, by what does not move: not by a line number. The changed lines, stripped."""
 
     function: str
     before: str
     after: str
 
     def __str__(self) -> str:
-        return f"@ {self.function}\n- {self.before}\n+ {self.after}"
+        return f"@ {self.function}\n- {self.before}\n+ {self.after}".rstrip()
 
 
 class Mutations(libcst.CSTVisitor):
@@ -75,7 +76,9 @@ class Mutations(libcst.CSTVisitor):
         if isinstance(node, libcst.FunctionDef | libcst.ClassDef):
             self._names.append(node.name.value)
         # What is not run with a function, or says nothing of ours.
-        if isinstance(node, libcst.Annotation | libcst.Decorator | libcst.Import | libcst.ImportFrom):
+        if isinstance(
+            node, libcst.Annotation | libcst.Decorator | libcst.Import | libcst.ImportFrom
+        ):
             return False
         for kind, operator in mutation_operators:
             if isinstance(node, kind) and self._wanted(node):
@@ -101,16 +104,16 @@ class Mutations(libcst.CSTVisitor):
         old = "".join(self._lines[first:last])
         tail = self._lines[last - 1][span.end.column :] if last <= len(self._lines) else ""
         new = old[: span.start.column] + after + tail
-        sides = [[line.strip() for line in text.splitlines()] for text in (old, new)]
-        diff = list(difflib.unified_diff(*sides, n=0, lineterm=""))[3:]
-        lines = (" ".join(line[1:] for line in diff if line[0] == sign) for sign in "-+")
+        was, now = ([line.strip() for line in text.splitlines()] for text in (old, new))
+        diff = [line for line in difflib.ndiff(was, now) if line[0] in "-+"]
+        lines = (" ".join(line[2:] for line in diff if line[0] == sign) for sign in "-+")
         mutant = Mutant(".".join(self._names) or "module", *lines)
         self.found.append((mutant, "".join([*self._lines[:first], new, *self._lines[last:]])))
 
 
-def enter_a_copy(repository: Path) -> None:
-    """A directory of this worker's own, in which scaler.py is changed."""
-    copy = Path(tempfile.mkdtemp(prefix="mutants-")) / repository.name
+def enter_a_copy(repository: Path, directory: str) -> None:
+    """A copy of this worker's own, in which scaler.py is changed."""
+    copy = Path(directory, str(os.getpid()))
     ignored = shutil.ignore_patterns(".*", "__pycache__")
     shutil.copytree(repository, copy, ignore=ignored)
     os.chdir(copy)
@@ -136,13 +139,8 @@ def passes(source: str, tests: Sequence[str], limit: int) -> bool:
     return status == 0
 
 
-def survives(task: tuple[Mutant, str, Sequence[str], int]) -> tuple[Mutant, bool]:
-    mutant, source, tests, limit = task
-    return mutant, passes(source, tests, limit)
-
-
 def explained() -> set[Mutant]:
-    found = re.findall(r"^@ (.+)\n- (.*)\n\+ (.*)$", EXPLAINED.read_text(), re.MULTILINE)
+    found = re.findall(r"^@ (.+)\n- (.*)\n\+ ?(.*)$", EXPLAINED.read_text(), re.MULTILINE)
     return {Mutant(*parts) for parts in found}
 
 
@@ -169,21 +167,21 @@ def main() -> int:
         "mutants", derandomize=True, database=None, deadline=None, max_examples=50
     )
     hypothesis.settings.load_profile("mutants")
-    with multiprocessing.get_context("fork").Pool(
-        chosen.jobs, enter_a_copy, (Path.cwd(),)
-    ) as pool:
-        started = time.monotonic()
-        if not pool.apply(passes, (source, tests, 900)):
-            print("the tests fail on scaler.py as it is")
-            return 1
-        limit = 20 + 5 * int(time.monotonic() - started)
-        survivors = []
-        tasks = [(mutant, changed, tests, limit) for mutant, changed in drawn]
-        for number, (mutant, lives) in enumerate(pool.imap_unordered(survives, tasks), 1):
-            if lives:
-                survivors.append(mutant)
-                note = "" if mutant in known or chosen.whole else " and is not explained"
-                print(f"{number}: survives{note}\n{mutant}", flush=True)
+    context, survivors = multiprocessing.get_context("fork"), []
+    with tempfile.TemporaryDirectory() as copies:
+        place = (Path.cwd(), copies)
+        with ProcessPoolExecutor(chosen.jobs, context, enter_a_copy, place) as pool:
+            started = time.monotonic()
+            if not pool.submit(passes, source, tests, 900).result():
+                print(f"fails on scaler.py as it is: python -m pytest {' '.join(tests)}")
+                return 1
+            limit = 20 + 5 * int(time.monotonic() - started)
+            asked = {pool.submit(passes, changed, tests, limit): m for m, changed in drawn}
+            for number, answer in enumerate(as_completed(asked), 1):
+                if answer.result():
+                    survivors.append(asked[answer])
+                    note = "" if chosen.whole or asked[answer] in known else " and is not explained"
+                    print(f"{number}: survives{note}\n{asked[answer]}", flush=True)
 
     killed = len(drawn) - len(survivors)
     percent, minutes = 100 * killed / len(drawn), (time.monotonic() - begun) / 60
