@@ -226,6 +226,7 @@ def test_a_damaged_history_is_warned_about_and_starts_afresh(
     run = world.run()
     assert (run.reason, world.replicas) == ("ScaleDownStabilized", 3), run
     assert "WARNING" in run.stdout and repr(damaged) in run.stdout, run
+    assert "not a history such as '1767225600:3 1767225660:1', so it starts afresh\n" in run.stdout
     assert "300 s more" in run.record["message"]
 
 
