@@ -35,7 +35,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -77,8 +76,6 @@ PAUSES = frozenset((PAUSED, PAUSED_REPLICAS, PAUSED_SCALE_IN, PAUSED_SCALE_OUT))
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 INT32_MAX = 2**31 - 1  # the most that Kubernetes takes for replicas, and Firestore for a limit
 
-LOG = logging.getLogger("queue-scaler")
-
 
 class Failure(Exception):
     """Why a look ends without the change it wanted: a reason, a sentence for people, an exit code.
@@ -88,30 +85,26 @@ class Failure(Exception):
     `read_again`: the Deployment changed since it was read, or may have been changed by us.
     """
 
+    status, retry_after, read_again = 0, 0.0, False
+
     def __init__(
         self, reason: Reason, message: str, exit_code: int = 1, transient: bool = False
     ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        self.exit_code, self.transient, self.read_again = exit_code, transient, False
-        self.status, self.retry_after = 0, 0.0
+        self.exit_code, self.transient = exit_code, transient
 
 
 class QueueFailure(Failure):
     """The queue could not be read."""
 
 
-class ClusterFailure(Failure):
-    """The API server did not do what was asked."""
-
-
 # ---------------------------------------------------------------------------------- settings
 
 Filter = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
-OPERATORS = {op: op for op in ("==", "!=", "<", "<=", ">", ">=", "in", "not-in")}
-for array_op in ("array_contains", "array_contains_any"):
-    # The web's spelling, and the Python client's; people copy from both.
-    OPERATORS |= {array_op.replace("_", "-"): array_op, array_op: array_op}
+# The web's spelling, and the Python client's; people copy from both.
+ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
+OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not-in", *ARRAY)
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 MAP_DEPTH = 20  # how deep Firestore lets values be nested
 
@@ -122,13 +115,15 @@ def quoted(value: object) -> str:
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
-def matching(pattern: str, expected: str) -> Callable[[str], str]:
+def matching(
+    pattern: str, expected: str, convert: Callable[[str], Any] = str
+) -> Callable[[str], Any]:
     """A parser of text that has to match a pattern as a whole."""
 
-    def parse(raw: str) -> str:
+    def parse(raw: str) -> Any:
         if not re.fullmatch(pattern, raw):
             raise ValueError(f"expected {expected}")
-        return raw
+        return convert(raw)
 
     return parse
 
@@ -142,9 +137,36 @@ def bounded_integer(least: int, most: int, unit: str) -> Callable[[str], int]:
     return parse
 
 
+def api_field_path(raw: str) -> str:
+    """A field's path with quotes where the API needs them and people leave them out."""
+    return re.sub(FIELD, lambda part: part[0] if part[1] else f"`{part[0]}`", raw)
+
+
+def week(raw: str) -> frozenset[int]:
+    first, _, last = raw.lower().partition("-")
+    since, until = WEEKDAYS.index(first), WEEKDAYS.index(last or first)
+    return frozenset((since + day) % 7 for day in range((until - since) % 7 + 1))
+
+
+def day_minutes(raw: str) -> list[int]:
+    return [int(time[:2]) * 60 + int(time[3:]) for time in raw.split("-")]
+
+
+def time_zone(name: str) -> tzinfo:
+    # Only for those who use it: every import is paid 1,440 times a day.
+    from zoneinfo import ZoneInfo
+
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
+        raise ValueError("expected a time zone, as Asia/Seoul or UTC") from None
+
+
 SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
-NAME = r"[^\s.`](?:[^.`]*[^\s.`])?"  # of a field; a space around it would match nothing, for ever
-QUOTED_NAME = r"(?:[A-Za-z_][A-Za-z_0-9]*|`(?:[^`\\]|\\.)+`)"  # as the API takes it
+# Of a field's path: as the API takes it, or else without a space around it, which would match
+# nothing, for ever.
+FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`\\](?:[^.`\\]*[^\s.`\\])?"
+FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
 
@@ -157,37 +179,34 @@ collection = matching(
     rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
     "a collection path such as jobs or tenants/acme/jobs: an odd number of segments, none of them "
     "empty, no space around one",
+    lambda raw: raw.strip("/"),
 )
 field_path = matching(
-    rf"{NAME}(?:\.{NAME})*|{QUOTED_NAME}(?:\.{QUOTED_NAME})*",
+    FIELD_PATH,
     "the name of a field, such as status or worker.pod, with no empty part and no space around one",
+    api_field_path,
 )
+boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
 step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
-truth = matching("(?i)true|false", "true or false")
 replica_count = bounded_integer(0, INT32_MAX, "pods")
 positive = bounded_integer(1, INT32_MAX, "pods or jobs")
 seconds = bounded_integer(0, 31_536_000, "seconds")
 window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
-day_range = matching(rf"(?i)({DAY})(-({DAY}))?", "a day or a range of days, as Sat or Mon-Fri")
-time_range = matching(
-    rf"({TIME})-(?!\1)(24:00|{TIME})", "hours from 00:00 to 24:00, as 07:30-20:00"
+days = matching(rf"(?i)({DAY})(-({DAY}))?", "a day or a range of days, as Sat or Mon-Fri", week)
+hours = matching(
+    rf"({TIME})-(?!\1)(24:00|{TIME})", "hours from 00:00 to 24:00, as 07:30-20:00", day_minutes
 )
-
-
-def boolean(raw: str) -> bool:
-    return truth(raw).lower() == "true"
 
 
 def filters(raw: str) -> tuple[Filter, ...]:
     form = 'expected a JSON list of [field, op, value], such as [["status", "==", "waiting"]]'
     try:
         triples = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{form}; this is not JSON") from None
-    if not isinstance(triples, list):
-        raise ValueError(form)
-    try:
+        if not isinstance(triples, list):
+            raise ValueError("this is not a list")
         return tuple(parse_filter(triple) for triple in triples)
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{form}; this is not JSON") from None
     except ValueError as error:
         raise ValueError(f"{form}; {error}") from None
 
@@ -196,24 +215,22 @@ def parse_filter(triple: object) -> Filter:
     if not (isinstance(triple, list) and len(triple) == 3):
         raise ValueError(f"{quoted(triple)} is not such a triple")
     name, op, value = triple
-    try:
-        field_path(name if isinstance(name, str) else "")
-    except ValueError as error:
-        raise ValueError(f"{quoted(name)} is not a field path: {error}") from None
-    if not (isinstance(op, str) and op in OPERATORS):
+    if not (isinstance(name, str) and re.fullmatch(FIELD_PATH, name)):
+        raise ValueError(f"{quoted(name)} is not a field path: no empty part, no space around one")
+    if op not in OPERATORS:
         raise ValueError(f"{quoted(op)} is not one of the operators {', '.join(OPERATORS)}")
-    op = OPERATORS[op]
+    op = op.replace("array-", "array_").replace("-any", "_any")
     most = LIST_OPERATORS.get(op)
     if most and not (isinstance(value, list) and 1 <= len(value) <= most):
         raise ValueError(f"{op} takes a list of 1 to {most} values, not {quoted(value)}")
     if op not in ("==", "!=") and (value is None or value != value):
         raise ValueError(f"null goes with == and != only, not with {op}")
     if not encodable(value):
-        raise ValueError(
-            f"{quoted(value)} cannot be sent: whole numbers have at most 64 bits, text is Unicode, "
-            f"and values are nested at most {MAP_DEPTH} deep"
+        limits = (
+            "whole numbers have at most 64 bits, text is Unicode, and values are nested at most"
         )
-    return name, op, value
+        raise ValueError(f"{quoted(value)} cannot be sent: {limits} {MAP_DEPTH} deep")
+    return api_field_path(name), op, value
 
 
 def encodable(value: object, depth: int = 0) -> bool:
@@ -228,55 +245,40 @@ def encodable(value: object, depth: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class ScheduledMinimum:
-    """Hours of the week with a higher minimum: pods, days from Monday (0) on, minutes of the day
-    in local time. `end` is not included; one before `begin` is on the next day."""
+    """Hours of the week with a higher minimum: pods, days from Monday (0) on, the first minute of
+    the day in local time and the one after the last; an end before the begin is on the next day."""
 
     text: str
     replicas: int
     days: frozenset[int]
-    begin: int
-    end: int
+    minutes: Sequence[int]
     timezone: tzinfo
 
     def in_force(self, now: datetime) -> bool:
-        local = now.astimezone(self.timezone)
-        minute, past_midnight = local.hour * 60 + local.minute, self.end < self.begin
-        day = (local.weekday() - (past_midnight and minute < self.end)) % 7
-        outside = self.end <= minute < self.begin
-        inside = not outside if past_midnight else self.begin <= minute < self.end
+        local, (begin, end) = now.astimezone(self.timezone), self.minutes
+        minute, past_midnight = local.hour * 60 + local.minute, end < begin
+        day = (local.weekday() - (past_midnight and minute < end)) % 7
+        inside = not end <= minute < begin if past_midnight else begin <= minute < end
         return day in self.days and inside
-
-
-def time_zone(name: str) -> tzinfo:
-    # Only for those who use it: every import is paid 1,440 times a day.
-    from zoneinfo import ZoneInfo
-
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
-        raise ValueError("expected a time zone, as Asia/Seoul or UTC") from None
 
 
 def scheduled_minimums(raw: str) -> tuple[ScheduledMinimum, ...]:
     """Hours in the syntax of kube-downscaler, each with its number of pods in front."""
-    return tuple(scheduled_minimum(part.strip()) for part in raw.split(";"))
+    return tuple(scheduled_minimum(part.split()) for part in raw.split(";"))
 
 
-def scheduled_minimum(part: str) -> ScheduledMinimum:
-    words, parsers = part.split(), (replica_count, day_range, time_range, time_zone)
+def scheduled_minimum(words: Sequence[str]) -> ScheduledMinimum:
+    text, parsers = " ".join(words), (replica_count, days, hours, time_zone)
     if len(words) != len(parsers):
         form = "expected PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
-        raise ValueError(f"{quoted(part)}: {form}")
+        raise ValueError(f"{quoted(text)}: {form}")
+    values: list[Any] = []
     for word, parse in zip(words, parsers, strict=True):
         try:
-            parse(word)
+            values.append(parse(word))
         except ValueError as error:
-            raise ValueError(f"{quoted(part)}: {quoted(word)}: {error}") from None
-    first, _, last = words[1].lower().partition("-")
-    since, until = WEEKDAYS.index(first), WEEKDAYS.index(last or first)
-    week = frozenset((since + number) % 7 for number in range((until - since) % 7 + 1))
-    begin, end = (int(time[:2]) * 60 + int(time[3:]) for time in words[2].split("-"))
-    return ScheduledMinimum(" ".join(words), int(words[0]), week, begin, end, time_zone(words[3]))
+            raise ValueError(f"{quoted(text)}: {quoted(word)}: {error}") from None
+    return ScheduledMinimum(text, *values)
 
 
 REQUIRED = "required"
@@ -305,7 +307,7 @@ class Settings:
         non_empty, None, "Google Cloud project", "from the credentials")
     firestore_database: str = setting(non_empty, "(default)", "database id")
     queue_collection: str = setting(
-        lambda raw: collection(raw).strip("/"), None,
+        collection, None,
         "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
     queue_collection_group: bool = setting(
         boolean, "false", "true: count every collection of that id, wherever it lies")
@@ -369,9 +371,9 @@ class Settings:
     def minimum(self, now: datetime) -> tuple[int, str]:
         """The minimum in force, in pods, and the setting that it comes from, as people wrote it."""
         least = (self.min_replicas, f"MIN_REPLICAS={self.min_replicas}")
-        for hours in self.scheduled_min_replicas or ():
-            if hours.replicas > least[0] and hours.in_force(now):
-                least = (hours.replicas, f"SCHEDULED_MIN_REPLICAS={hours.text}")
+        for scheduled in self.scheduled_min_replicas or ():
+            if scheduled.replicas > least[0] and scheduled.in_force(now):
+                least = (scheduled.replicas, f"SCHEDULED_MIN_REPLICAS={scheduled.text}")
         return least
 
 
@@ -408,8 +410,8 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     that could not be parsed."""
     most, timeout = values.get("max_replicas"), values.get("timeout_seconds")
     counts = [(name, values.get(name.lower())) for name in ("MIN_REPLICAS", "FALLBACK_REPLICAS")]
-    for hours in values.get("scheduled_min_replicas") or ():
-        counts.append((f"SCHEDULED_MIN_REPLICAS: {hours.text!r}: PODS", hours.replicas))
+    for scheduled in values.get("scheduled_min_replicas") or ():
+        counts.append((f"SCHEDULED_MIN_REPLICAS: {scheduled.text!r}: PODS", scheduled.replicas))
     for name, count in counts:
         if count is not None and most is not None and count > most:
             yield f"{name}='{count}': expected no more than MAX_REPLICAS, which is '{most}'"
@@ -420,10 +422,8 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     path = values.get("queue_collection") or ""
     if values.get("queue_collection_group") and "/" in path:
         expected = f"the bare id of the collections, such as {path.rsplit('/', 1)[-1]}"
-        yield (
-            f"QUEUE_COLLECTION={quoted(path)}: expected {expected}, where "
-            "QUEUE_COLLECTION_GROUP is true"
-        )
+        reason = "QUEUE_COLLECTION_GROUP is true"
+        yield f"QUEUE_COLLECTION={quoted(path)}: expected {expected}, where {reason}"
     if any(op == "not-in" for _, op, _ in values.get("busy_filter") or ()):
         yield (
             "BUSY_FILTER: expected no not-in, which Firestore cannot combine with the in over "
@@ -434,12 +434,12 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
 def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
     """A warning for each variable that is one of ours but for a letter or two: it would be ignored
     without a word."""
+    from difflib import get_close_matches
+
     ours = {item.name.upper() for item in fields(Settings)}
     for name in sorted(environ.keys() - ours):
-        for known in sorted(ours - environ.keys()):
-            letters, wanted = Counter(name.upper()), Counter(known)
-            if ((letters - wanted) + (wanted - letters)).total() <= 2:
-                yield f"{name} is not a variable of the scaler: is {known} meant?"
+        for known in get_close_matches(name.upper(), ours - environ.keys(), 1, cutoff=0.85):
+            yield f"{name} is not a variable of the scaler: is {known} meant?"
 
 
 # ---------------------------------------------------------------------------------- decision
@@ -464,16 +464,13 @@ class QueueLength:
 
 @dataclass(frozen=True)
 class State:
-    """What the Deployment's annotations say. `warnings` names each value that does not count.
-
-    `last_direction` is "up", "down" or unknown; `paused_until` is None where no pause is in force,
-    or one without an end.
-    """
+    """What the Deployment's annotations say, each in the field of its name. Of `last_scale` the
+    direction, "up", "down" or unknown. `warnings` names each value that does not count."""
 
     last_scale_time: datetime | None = None
-    last_direction: str | None = None
-    history: tuple[Recommendation, ...] = ()
-    failing_since: datetime | None = None
+    last_scale: str | None = None
+    recommendations: tuple[Recommendation, ...] = ()
+    queue_failing_since: datetime | None = None
     paused: bool = False
     paused_replicas: int | None = None
     paused_scale_in: bool = False
@@ -565,11 +562,20 @@ def write_history(entries: Iterable[Recommendation]) -> str | None:
     return " ".join(f"{at}:{replicas}" for at, replicas in sorted(entries)) or None
 
 
+def read_direction(value: str) -> str | None:
+    word = value.strip().partition(" ")[0]
+    return word if word in ("up", "down") else None
+
+
 def read_pause(value: str) -> bool:
     word = value.strip().lower()
     if word not in ("true", "t", "1", "false", "f", "0"):
         raise ValueError("not true or false: it holds")
     return word in ("true", "t", "1")
+
+
+CAME_BACK = "came back with a kubectl rollout undo, and is not carried out"
+SET_AGAIN = "; delete it, and set it again if it is meant"
 
 
 def parse_state(
@@ -584,49 +590,32 @@ def parse_state(
     `rolled_back` are those that a `kubectl rollout undo` put back: they are not carried out. A
     pause among them holds, with the number of pods that is there.
     """
-    warnings: list[str] = []
-    ahead = max(settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds)
-
-    def read(name: str, parse: Callable[[str], T]) -> T | None:
-        if name not in annotations:
-            return None
-        shown = f"{name}={quoted(annotations[name])}"
-        try:
-            if name not in rolled_back:
-                return parse(annotations[name])
-            advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
-            undone = "came back with a kubectl rollout undo, and is not carried out"
-            warnings.append(f"{shown} {undone}{advice}")
-        except ValueError as error:
-            warnings.append(f"{shown} is {error}")
-        return None
+    cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
 
     def past(value: str) -> datetime:
-        if read_time(value) > now + timedelta(seconds=ahead):
+        if read_time(value) > now + timedelta(seconds=max(cooldowns)):
             raise ValueError("further ahead than the longest cooldown, so it counts as absent")
         return read_time(value)
 
-    def holds(name: str) -> bool:
-        """Whether a pause is in force: also one that cannot be read, or that came back."""
-        return name in annotations and read(name, read_pause) is not False
-
-    until = read(PAUSED_UNTIL, read_time)
-    if until is not None and now >= until:
-        annotations = {name: annotations[name] for name in annotations.keys() - PAUSES}
-    paused, number = holds(PAUSED), read(PAUSED_REPLICAS, replica_count)
-    direction = annotations.get(LAST_SCALE, "").strip().partition(" ")[0]
-    return State(
-        last_scale_time=read(LAST_SCALE_TIME, past),
-        last_direction=direction if direction in ("up", "down") else None,
-        history=read(RECOMMENDATIONS, read_history) or (),
-        failing_since=read(FAILING_SINCE, past),
-        paused=paused or (PAUSED_REPLICAS in annotations and number is None),
-        paused_replicas=number,
-        paused_scale_in=holds(PAUSED_SCALE_IN),
-        paused_scale_out=holds(PAUSED_SCALE_OUT),
-        paused_until=until if PAUSES & annotations.keys() else None,
-        warnings=tuple(warnings),
-    )
+    parsers: dict[str, Callable[[str], Any]] = {LAST_SCALE_TIME: past, FAILING_SINCE: past}
+    parsers |= {LAST_SCALE: read_direction, RECOMMENDATIONS: read_history, PAUSED_UNTIL: read_time}
+    parsers |= dict.fromkeys((PAUSED, PAUSED_SCALE_IN, PAUSED_SCALE_OUT), read_pause)
+    found: dict[str, Any] = {}
+    warnings = []
+    for name, parse in {**parsers, PAUSED_REPLICAS: replica_count}.items():
+        over = name in PAUSES and "paused_until" in found and now >= found["paused_until"]
+        if over or name not in annotations:
+            continue
+        key, value = name.removeprefix(ANNOTATION).replace("-", "_"), annotations[name]
+        try:
+            if name in rolled_back:
+                raise ValueError(CAME_BACK + (SET_AGAIN if name in PAUSES else ""))
+            found[key] = parse(value)
+        except ValueError as error:
+            warnings.append(f"{name}={quoted(value)}: {error}")
+            if name in PAUSES:
+                found["paused" if name == PAUSED_REPLICAS else key] = True
+    return State(**found, warnings=tuple(warnings))
 
 
 def decide(settings: Settings, inputs: Inputs) -> Decision:
@@ -685,8 +674,8 @@ def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
     if inputs.current > 0 or settings.min_replicas == 0 or inputs.own_zero:
         return None
     why = f"somebody set 0 replicas although MIN_REPLICAS={settings.min_replicas}"
-    hold: Hold = ("ScalingDisabled", ", switched off until somebody scales it to 1 or more")
-    return conclude(inputs, hold, "ScalingDisabled", why)
+    off: Hold = ("ScalingDisabled", ", switched off until somebody scales it to 1 or more")
+    return conclude(inputs, off, "ScalingDisabled", why)
 
 
 def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
@@ -724,7 +713,8 @@ def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
     if desired != inputs.current:
         rules = (paused_direction, stabilize, limit_step, leave_busy_pods, cool_down)
         ruling = apply_rules(rules, settings, inputs, desired)
-    decision = conclude(inputs, ruling, named(inputs, desired, "ScaledUp", "ScaledDown"), why)
+    reason: Reason = "ScaledUp" if desired > inputs.current else "ScaledDown"
+    decision = conclude(inputs, ruling, reason, why)
     history = None
     if isinstance(paused_direction(settings, inputs, desired), int):
         history = write_history(new_history(settings, inputs, desired, decision.change))
@@ -746,16 +736,15 @@ def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     return desired, f"{queue}: {pods(desired)} wanted{bound}"
 
 
-def named(inputs: Inputs, target: int, up: Reason, down: Reason) -> Reason:
-    """The reason of the direction in which a target lies."""
-    return up if target > inputs.current else down
+def hold(inputs: Inputs, target: int, up: Reason, down: Reason, because: str) -> Hold:
+    """A hold with the reason of the direction in which the target lies."""
+    return (up if target > inputs.current else down), because
 
 
 def switched(inputs: Inputs, target: int, until: str = "") -> Hold:
     """A direction that is switched off."""
-    reason = named(inputs, target, "ScaleUpDisabled", "ScaleDownDisabled")
-    way = "up" if target > inputs.current else "down"
-    return reason, f", as scale-{way} is switched off{until}"
+    because = f", as scale-{'up' if target > inputs.current else 'down'} is switched off{until}"
+    return hold(inputs, target, "ScaleUpDisabled", "ScaleDownDisabled", because)
 
 
 def paused_direction(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
@@ -772,7 +761,7 @@ def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     window = settings.scale_up_stabilization_seconds
     if not up:
         window = settings.scale_down_stabilization_seconds
-    entries = recommendations(inputs, window)
+    entries = within_window(inputs, window)
     numbers = [target, *(replicas for _, replicas in entries)]
     stable = max(current, min(numbers)) if up else min(current, max(numbers))
     if stable != current:
@@ -780,15 +769,15 @@ def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     newest = max(at for at, n in entries if (n <= current if up else n >= current))
     left = newest + window - int(inputs.now.timestamp())
     variable = f"SCALE_{'UP' if up else 'DOWN'}_STABILIZATION_SECONDS"
-    reason = named(inputs, target, "ScaleUpStabilized", "ScaleDownStabilized")
-    return reason, f" for {left} s more ({variable}={window})"
+    because = f" for {left} s more ({variable}={window})"
+    return hold(inputs, target, "ScaleUpStabilized", "ScaleDownStabilized", because)
 
 
 # Looks at most this far apart, in seconds, are in a row: one run a minute, and one that is missed.
 IN_A_ROW_SECONDS = 150
 
 
-def recommendations(inputs: Inputs, window: int) -> set[Recommendation]:
+def within_window(inputs: Inputs, window: int) -> set[Recommendation]:
     """The past recommendations inside a window, in seconds; one exactly as old lies outside.
 
     Where there are none, the recommendation up to now was the current number, as in the HPA
@@ -798,7 +787,7 @@ def recommendations(inputs: Inputs, window: int) -> set[Recommendation]:
     as of now, so that it cannot hold for longer than its window.
     """
     now = int(inputs.now.timestamp())
-    entries = {(min(at, now), replicas) for at, replicas in inputs.state.history}
+    entries = {(min(at, now), replicas) for at, replicas in inputs.state.recommendations}
     inside = {(at, replicas) for at, replicas in entries if at > now - window}
     times = sorted({at for at, _ in entries})
     usual_gap = times[-1] - times[-2] if len(times) > 1 else 0
@@ -817,9 +806,9 @@ def new_history(
     if (desired >= replicas or not down) and (desired <= replicas or not up):
         return set()
     now = int(inputs.now.timestamp())
-    before = max((at for at, _ in inputs.state.history if at < now), default=None)
-    last_look = {entry for entry in inputs.state.history if entry[0] == before}
-    windows = recommendations(inputs, up) | recommendations(inputs, down)
+    before = max((at for at, _ in inputs.state.recommendations if at < now), default=None)
+    last_look = {entry for entry in inputs.state.recommendations if entry[0] == before}
+    windows = within_window(inputs, up) | within_window(inputs, down)
     return {*last_look, *windows, (now, desired)}
 
 
@@ -887,15 +876,15 @@ def cool_down(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     """Rule 8: a scale-up waits after a scale-up, a scale-down after any scale. If the direction
     of the last one is unknown, both wait."""
     last, up = inputs.state.last_scale_time, target > inputs.current
-    if last is None or (up and inputs.state.last_direction == "down"):
+    if last is None or (up and inputs.state.last_scale == "down"):
         return target
     cooldown = settings.scale_up_cooldown_seconds if up else settings.scale_down_cooldown_seconds
     left = math.ceil(cooldown - (inputs.now - last).total_seconds())
     if left <= 0:
         return target
     variable = f"SCALE_{'UP' if up else 'DOWN'}_COOLDOWN_SECONDS"
-    reason = named(inputs, target, "ScaleUpCooldown", "ScaleDownCooldown")
-    return reason, f" for {left} s more ({variable}={cooldown} since {write_time(last)})"
+    because = f" for {left} s more ({variable}={cooldown} since {write_time(last)})"
+    return hold(inputs, target, "ScaleUpCooldown", "ScaleDownCooldown", because)
 
 
 def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> Decision:
@@ -910,7 +899,7 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
         return replace(held, message=f"{stays}{because}{waits}")
     if fallback is None:
         return held
-    since = inputs.state.failing_since
+    since = inputs.state.queue_failing_since
     if since is None:
         since = inputs.now
         held = replace(held, annotations={FAILING_SINCE: write_time(since)})
@@ -931,6 +920,7 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
 
 RECORD_BYTES = 4095
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR")
 SECRETS = re.compile(
     r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
 )
@@ -942,15 +932,13 @@ class Run:
 
     `started` is on the monotonic clock, in seconds. Of the present look, `current` is the number
     of pods that it has read; `in_doubt` is true while a patch may or may not have reached the
-    Deployment; `done` is what it has done already, whatever fails after that. `told` is what the
-    last line said, `resting` is true between two looks. Whoever reports holds `reporting`.
+    Deployment; `done` is what it has done already, whatever fails after that. `resting` is true
+    between two looks. Whoever reports holds `reporting`.
     """
 
     environ: Mapping[str, str]
     clock: Callable[[], datetime]
-    dry_run: bool = False
     started: float = field(default_factory=time.monotonic)
-    begun: datetime = field(init=False)
     interval: int | None = None
     namespace: str | None = None
     deadline: float = 0.0
@@ -963,14 +951,20 @@ class Run:
     looks: int = 0
     last: Decision | None = None
     last_scale: Decision | None = None
-    told: Decision | None = None
     resting: bool = False
-    seconds: float = 0.0
     exit_code: int | None = None
     reporting: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        # A value that is not accepted is reported with the other settings, as by default.
         self.begun = self.clock()
+        self.dry_run = self._word("DRY_RUN") == "TRUE"
+        self.as_json = self._word("LOG_FORMAT") == "JSON"
+        level = self._word("LOG_LEVEL")
+        self.severities = SEVERITIES[SEVERITIES.index(level if level in SEVERITIES else "INFO") :]
+
+    def _word(self, variable: str) -> str:
+        return self.environ.get(variable, "").strip().upper()
 
     def now(self) -> datetime:
         """The beginning of the run plus whole seconds since: most looks have one time only, and
@@ -996,9 +990,26 @@ class Run:
         """Seconds for one call. Never 0, which the clients would read as no limit."""
         return max(0.05, min(self.call_seconds, self.left(reserve)))
 
+    def retrying(self, flag: str, reserve: bool = False) -> Retrying:
+        """Tries again after failures with that flag, with growing, jittered pauses, or the server's
+        Retry-After where that is longer, as long as the next try still begins before the deadline.
+        """
+        import tenacity
+
+        backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+
+        def pause(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(backoff(state), error.retry_after if isinstance(error, Failure) else 0.0)
+
+        again = tenacity.retry_if_exception(lambda error: bool(getattr(error, flag, False)))
+        stop = tenacity.stop_before_delay(max(0.0, self.left(reserve)))
+        return tenacity.Retrying(retry=again, wait=pause, stop=stop, reraise=True)
+
     def enter(self, stage: str, reason: Reason) -> None:
         """Say what the run is about to wait for, and the reason it ends with if that fails."""
         self.stage, self.stage_reason = stage, reason
+        self.log("DEBUG", f"{stage}, {time.monotonic() - self.started:.3f} s after the start")
 
     def break_off(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
         """The decision of a look that ends without one, or before it was carried out."""
@@ -1010,22 +1021,35 @@ class Run:
         reason = reason or self.stage_reason
         return Decision(replicas, reason, why, self.current, exit_code=exit_code)
 
+    def log(self, severity: str, message: str, record: Mapping[str, Any] | None = None) -> None:
+        """One line, for people or as a JSON object in the terms of Cloud Logging."""
+        if severity not in self.severities:
+            return
+        when, message = write_time(self.clock()), scrub(f"AutoScaler {message}")
+        line = f"{when} {severity} {message}"
+        if self.as_json:
+            entry = {"time": when, **(record or {}), "severity": severity, "message": message}
+            line = json.dumps(entry, ensure_ascii=False)
+        # A line that cannot be written is lost; it does not keep the run from its work.
+        with suppress(OSError, ValueError):
+            print(line, flush=True)
+
     def tell(self, decision: Decision) -> None:
         """Note how a look ended, and log its line where it has something new to say."""
-        self.seconds = round(time.monotonic() - self.started, 3)
-        scales = decision.change != 0 and not self.dry_run
-        told, self.told = self.told, replace(decision, message="", annotations={})
+        scales, before = decision.change != 0 and not self.dry_run, self.last
         self.looks, self.last = self.looks + 1, decision
         self.last_scale = decision if scales else self.last_scale
-        if self.told == told and not scales:
+        told = before and replace(
+            before, message=decision.message, annotations=decision.annotations
+        )
+        if told == decision and not scales:
             return
         for warning in decision.warnings:
-            LOG.warning("%s", warning)
+            self.log("WARNING", warning)
         record = self.record(decision)
-        level = {0: logging.INFO, 1: logging.WARNING}.get(decision.exit_code, logging.ERROR)
         target = "/".join(filter(None, (record["namespace"], record["deployment"])))
         line = f"{target} {decision.reason}: {decision.message}".strip()
-        LOG.log(level, "%s", line, extra={"record": record})
+        self.log({0: "INFO", 1: "WARNING"}.get(decision.exit_code, "ERROR"), line, record)
 
     def record(self, decision: Decision) -> dict[str, Any]:
         """The result record of a decision."""
@@ -1044,7 +1068,7 @@ class Run:
             "reason": decision.reason,
             "message": scrub(decision.message),
             "dryRun": self.dry_run,
-            "durationSeconds": self.seconds,
+            "durationSeconds": round(time.monotonic() - self.started, 3),
         }
         return record if self.interval is None else {**record, "looks": self.looks}
 
@@ -1065,7 +1089,7 @@ class Run:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(encode_record(record))
         except OSError as error:
-            LOG.warning("the result record was not written: %s", error)
+            self.log("WARNING", f"the result record was not written: {error}")
         return self.last.exit_code
 
 
@@ -1091,58 +1115,6 @@ def one_line(error: object, most: int = 1200) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-class LineFormatter(logging.Formatter):
-    """One line an entry: for people, or as a JSON object in the terms of Cloud Logging."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        when = write_time(datetime.fromtimestamp(record.created, UTC))
-        message = scrub(f"AutoScaler {record.getMessage()}")
-        if not self._as_json:
-            return f"{when} {record.levelname} {message}"
-        extra: Mapping[str, Any] = getattr(record, "record", {})
-        entry = {"time": when, **extra, "severity": record.levelname, "message": message}
-        return json.dumps(entry, ensure_ascii=False)
-
-
-def set_up_logging(environ: Mapping[str, str]) -> None:
-    """A level or format that is not accepted is reported with the other settings, by a logger
-    that has the defaults."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(LineFormatter(environ.get("LOG_FORMAT", "").strip().lower() == "json"))
-    LOG.handlers[:] = [handler]
-    LOG.propagate = False
-    # A line that cannot be written is lost; it does not keep the run from its work.
-    logging.raiseExceptions = False
-    if not logging.getLogger().handlers:
-        # Else Python prints what libraries log: a login helper's output, for one.
-        logging.getLogger().addHandler(logging.NullHandler())
-    level = environ.get("LOG_LEVEL", "").strip().upper()
-    LOG.setLevel(level if level in ("DEBUG", "WARNING", "ERROR") else "INFO")
-
-
-def retrying(run: Run, flag: str, reserve: bool = False) -> Retrying:
-    """Tries again after failures with that flag, with growing, jittered pauses, or the server's
-    Retry-After where that is longer, as long as the next try still begins before the deadline."""
-    from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
-
-    backoff = wait_random_exponential(multiplier=0.2, max=5)
-
-    def pause(state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        return max(backoff(state), error.retry_after if isinstance(error, Failure) else 0.0)
-
-    return Retrying(
-        retry=retry_if_exception(lambda error: bool(getattr(error, flag, False))),
-        wait=pause,
-        stop=stop_before_delay(max(0.0, run.left(reserve))),
-        reraise=True,
-    )
-
-
 # ------------------------------------------------------------------------------------- queue
 
 TRANSIENT_CODES = frozenset(
@@ -1156,7 +1128,7 @@ ADVICE = {
     "INVALID_ARGUMENT": "check QUEUE_COLLECTION, WAITING_FILTER, BUSY_FILTER and BUSY_POD_FIELD",
     "FAILED_PRECONDITION": "if an index is missing, create it with the link above",
 }
-IN_VALUES = 30
+IN_VALUES = 30  # the most that Firestore takes in an `in`
 
 
 def queue_failure(doing: str, error: Exception) -> QueueFailure:
@@ -1182,22 +1154,38 @@ class JobQueue:
     def count(self, pod_names: Sequence[str] | None) -> QueueLength:
         """Count the waiting jobs and, given the live pods' names, right after it their busy jobs:
         a job claimed between the two counts twice, which costs no pod."""
-        waiting = self._ask("counting waiting jobs", self._count, self._settings.waiting_filter)
-        capped = waiting >= self._settings.count_limit
+        limit = self._settings.count_limit
+
+        def read(query: Any, **call: Any) -> int:
+            results = query.limit(limit).count(alias="jobs").get(**call)
+            # The client gives a count of zero as 0.0.
+            counts = [int(row.value) for rows in results for row in rows if row.value >= 0]
+            if len(counts) != 1:
+                problem = f"Firestore gave no usable count while {self._run.stage}"
+                raise QueueFailure("QueueUnavailable", problem)
+            return counts[0]
+
+        waiting = self._ask("counting waiting jobs", read, self._settings.waiting_filter)
         if pod_names is None:
-            return QueueLength(waiting, capped)
+            return QueueLength(waiting, waiting >= limit)
         batches = self._busy_filters(pod_names)
-        busy = sum(self._ask("counting busy jobs", self._count, batch) for batch in batches)
-        return QueueLength(waiting, capped, busy)
+        busy = sum(self._ask("counting busy jobs", read, batch) for batch in batches)
+        return QueueLength(waiting, waiting >= limit, busy)
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
         """Which of these pods hold a busy job."""
-        doing, batches = "reading which pods are busy", self._busy_filters(pod_names)
-        return {name for batch in batches for name in self._ask(doing, self._pods_of, batch)}
+
+        name, batches = self._settings.busy_pod_field, self._busy_filters(pod_names)
+        doing = "reading which pods are busy"
+
+        def read(query: Any, **call: Any) -> set[str]:
+            return {str(job.get(name)) for job in query.select([name]).stream(**call)}
+
+        return {name for batch in batches for name in self._ask(doing, read, batch)}
 
     def _busy_filters(self, pod_names: Sequence[str]) -> Iterator[list[Filter]]:
-        """The filters for as many pods as Firestore takes in an `in`: 30, shared with the lists
-        in BUSY_FILTER, as the limit is on the product of them all."""
+        """The filters for as many pods as Firestore takes in an `in`, whose limit is on the product
+        of it and of the lists in BUSY_FILTER."""
         conditions = self._settings.busy_filter or ()
         lists = [len(v) for _, op, v in conditions if op in ("in", "array_contains_any")]
         batch = max(1, IN_VALUES // math.prod(lists))
@@ -1205,56 +1193,33 @@ class JobQueue:
             names = list(pod_names[start : start + batch])
             yield [*conditions, (self._settings.busy_pod_field, "in", names)]
 
-    def _ask(
-        self,
-        doing: str,
-        question: Callable[[Sequence[Filter], float], T],
-        conditions: Sequence[Filter],
-    ) -> T:
-        """Put a question, with retries; its last argument is a timeout in seconds."""
+    def _ask(self, doing: str, read: Callable[..., T], conditions: Sequence[Filter]) -> T:
+        """Put a question, with retries. tenacity's are the ones with a deadline, so the client's
+        own are switched off: not by None, which its streams take for an object when an answer
+        breaks off."""
         # Before the first count, and not between the two, which belong to one moment.
-        self._open()
+        client, path = self._client(), self._settings.queue_collection
         from google.api_core.exceptions import GoogleAPIError
+        from google.api_core.retry import Retry, if_exception_type
         from google.auth.exceptions import GoogleAuthError
-
-        def once() -> T:
-            self._run.enter(doing, "QueueUnavailable")
-            started = time.monotonic()
-            try:
-                answer = question(conditions, self._run.for_call(reserve=True))
-            except (GoogleAPIError, GoogleAuthError) as error:
-                raise queue_failure(doing, error) from error
-            LOG.debug("%s took %.3f s: %s", doing, time.monotonic() - started, answer)
-            return answer
-
-        return retrying(self._run, "transient", reserve=True)(once)
-
-    def _count(self, conditions: Sequence[Filter], timeout: float) -> int:
-        query = self._where(conditions).limit(self._settings.count_limit).count(alias="jobs")
-        results = [row for rows in query.get(retry=never(), timeout=timeout) for row in rows]
-        # The client gives a count of zero as 0.0.
-        counts = [int(row.value) for row in results if row.value >= 0]
-        if len(counts) != 1:
-            problem = f"Firestore gave no usable count while {self._run.stage}"
-            raise QueueFailure("QueueUnavailable", problem)
-        return counts[0]
-
-    def _pods_of(self, conditions: Sequence[Filter], timeout: float) -> set[str]:
-        name = api_field_path(self._settings.busy_pod_field)
-        query = self._where(conditions).select([name])
-        return {str(job.get(name)) for job in query.stream(retry=never(), timeout=timeout)}
-
-    def _where(self, conditions: Iterable[Filter]) -> Any:
         from google.cloud.firestore import FieldFilter
 
-        client, path = self._open(), self._settings.queue_collection
         by_group = self._settings.queue_collection_group
         query: Any = client.collection_group(path) if by_group else client.collection(path)
         for name, op, value in conditions:
-            query = query.where(filter=FieldFilter(api_field_path(name), op, value))
-        return query
+            query = query.where(filter=FieldFilter(name, op, value))
+        never = Retry(predicate=if_exception_type())
 
-    def _open(self) -> Client:
+        def once() -> T:
+            self._run.enter(doing, "QueueUnavailable")
+            try:
+                return read(query, retry=never, timeout=self._run.for_call(reserve=True))
+            except (GoogleAPIError, GoogleAuthError) as error:
+                raise queue_failure(doing, error) from error
+
+        return self._run.retrying("transient", reserve=True)(once)
+
+    def _client(self) -> Client:
         """The client, from a thread of its own: looking for credentials asks Google's metadata
         server, which may accept and never answer, and no timeout covers that."""
         from concurrent.futures import ThreadPoolExecutor
@@ -1272,24 +1237,6 @@ class JobQueue:
             raise
 
 
-def api_field_path(name: str) -> str:
-    """A field's path as the API takes it, with quotes where a part of it needs them. One that
-    has quotes already is left as it is."""
-    from google.cloud.firestore import Client
-
-    return name if "`" in name else str(Client.field_path(*name.split(".")))
-
-
-def never() -> Any:
-    """The Firestore client's retries, switched off: tenacity's are the ones with a deadline.
-
-    Not None, which its streams take for an object when an answer breaks off.
-    """
-    from google.api_core.retry import Retry, if_exception_type
-
-    return Retry(predicate=if_exception_type())
-
-
 def open_firestore(settings: Settings) -> Client:
     """Raises QueueFailure where there are no usable Google credentials."""
     from google.auth.exceptions import GoogleAuthError
@@ -1300,39 +1247,33 @@ def open_firestore(settings: Settings) -> Client:
     except (GoogleAuthError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         # All of these come out of the library for a damaged key file. Without its text, which
         # quotes what it was given: at times a private key.
-        raise QueueFailure(
-            "Forbidden",
+        problem = (
             "no usable Google credentials or project for Firestore: looked for "
             "GOOGLE_APPLICATION_CREDENTIALS (the path of a file), gcloud's login, Workload "
-            f"Identity, FIRESTORE_PROJECT ({type(error).__name__})",
-            exit_code=2,
-        ) from error
+            f"Identity, FIRESTORE_PROJECT ({type(error).__name__})"
+        )
+        raise QueueFailure("Forbidden", problem, exit_code=2) from error
 
 
 # ----------------------------------------------------------------------------------- cluster
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-PAGE = 500
-
-# What an HTTP status means: the reason, whether it gets better by itself, and what to do. A status
-# that is not here counts as 400 or, from 500 on, as 500.
-REFUSALS: Mapping[int, tuple[Reason, bool, str]] = {
-    400: ("ClusterUnavailable", False, ""),
-    401: ("Forbidden", False, "; the credentials of the scaler are missing or expired"),
-    403: (
-        "Forbidden",
-        False,
-        "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} "
-        "has to allow {verb} on {resource} (rbac.yaml), if no admission policy refused it "
-        "(guardrails.yaml)",
-    ),
-    404: ("DeploymentNotFound", False, "; check DEPLOYMENT and NAMESPACE"),
-    408: ("ClusterUnavailable", True, ""),
-    409: ("ClusterUnavailable", True, ""),
-    410: ("ClusterUnavailable", True, ""),  # a page of a list that is too old to go on with
-    422: ("Forbidden", False, ""),  # an admission policy, or a number that the API does not take
-    429: ("ClusterUnavailable", True, ""),
-    500: ("ClusterUnavailable", True, ""),
+NOT_ALLOWED = (
+    "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has "
+    "to allow {verb} on {resource} (rbac.yaml), if no admission policy refused it (guardrails.yaml)"
+)
+# What an HTTP status means: the reason, the exit code (1: it gets better by itself, and is tried
+# again) and what to do. One that is not here counts as 400 or, from 500 on, as 500.
+REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
+    400: ("ClusterUnavailable", 2, ""),
+    401: ("Forbidden", 2, "; the credentials of the scaler are missing or expired"),
+    403: ("Forbidden", 2, NOT_ALLOWED),
+    404: ("DeploymentNotFound", 2, "; check DEPLOYMENT and NAMESPACE"),
+    408: ("ClusterUnavailable", 1, ""),
+    409: ("ClusterUnavailable", 1, ""),
+    422: ("Forbidden", 2, ""),  # an admission policy, or a number that the API does not take
+    429: ("ClusterUnavailable", 1, ""),
+    500: ("ClusterUnavailable", 1, ""),
 }
 
 
@@ -1353,55 +1294,56 @@ class Deployment:
     replicas_owners: Sequence[Mapping[str, Any]]
 
 
-def member(parent: Any, key: str, kind: type[T], default: T | None = None) -> T:
-    """A member of an object in an answer. Raises ValueError where it is of another kind than the
-    API has it, or absent without a default."""
-    found = parent.get(key) if isinstance(parent, dict) else None
-    if found is None and default is not None:
-        return default
+def expect(kind: type[T], found: Any) -> T:
+    """A part of an answer that is of this kind. Raises ValueError where it is not."""
     if not isinstance(found, kind):
-        raise ValueError(f"{key} is {quoted(found)}")
+        raise ValueError(f"expected {kind.__name__}, not {quoted(found)}")
     return found
 
 
 def parse_deployment(answer: Any) -> Deployment:
-    """Raises ValueError, as each parser does, where the answer is not what the API has."""
-    kind_is("Deployment", answer)
-    metadata, spec = member(answer, "metadata", dict), member(answer, "spec", dict)
-    annotations = member(metadata, "annotations", dict, {})
-    managed = member(metadata, "managedFields", list, [])
+    """Raises what reading a dict wrong raises where the answer is not what the API has."""
+    metadata, spec = answer["metadata"], answer["spec"]
+    annotations, managed = metadata.get("annotations") or {}, metadata.get("managedFields") or ()
     return Deployment(
-        uid=member(metadata, "uid", str, ""),
-        resource_version=member(metadata, "resourceVersion", str),
-        replicas=member(spec, "replicas", int, 1),
-        annotations={name: member(annotations, name, str) for name in annotations},
-        selector=selector_string(member(spec, "selector", dict, {})),
+        uid=str(metadata.get("uid", "")),
+        resource_version=expect(str, metadata["resourceVersion"]),
+        replicas=expect(int, spec.get("replicas", 1)),
+        annotations={name: expect(str, annotations[name]) for name in annotations},
+        selector=selector_string(spec["selector"]),
         rolled_back=rolled_back(managed),
-        replicas_owners=[one for one in managed if "f:replicas" in owned(one, "f:spec")],
+        replicas_owners=[entry for entry in managed if "f:replicas" in owned(entry, "f:spec")],
     )
 
 
-def kind_is(kind: str, answer: Any) -> None:
-    if member(answer, "kind", str) != kind:
-        raise ValueError(f"kind is {quoted(answer['kind'])} instead of {kind}")
+def selector_string(selector: Any) -> str:
+    """A label selector in the form that a list request takes."""
+    forms = {"In": "{} in ({})", "NotIn": "{} notin ({})", "Exists": "{}", "DoesNotExist": "!{}"}
+    words = [f"{key}={value}" for key, value in (selector.get("matchLabels") or {}).items()]
+    for one in selector.get("matchExpressions") or ():
+        words.append(forms[one["operator"]].format(one["key"], ",".join(one.get("values") or ())))
+    if not words:
+        # It would select every pod of the namespace; the API allows no such Deployment.
+        raise ValueError("the Deployment has no selector")
+    return ",".join(words)
 
 
-def owned(entry: Any, *path: str) -> Mapping[str, Any]:
+def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     """The fields under a path that an entry of managedFields owns."""
-    node = member(entry, "fieldsV1", dict, {})
+    node = entry.get("fieldsV1") or {}
     for key in path:
-        node = member(node, key, dict, {})
-    return node
+        node = node.get(key) or {}
+    return expect(dict, node)
 
 
-def rolled_back(managed_fields: Sequence[Any]) -> frozenset[str]:
+def rolled_back(managed: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """Our annotations that a `kubectl rollout undo` wrote. It updates the whole Deployment in the
     name of plain `kubectl`; what people write is owned by `kubectl-annotate` and the like.
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
     names: dict[bool, set[str]] = {True: {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}, False: set()}
-    for entry in managed_fields:
+    for entry in managed:
         whole = (entry.get("manager"), entry.get("operation"), entry.get("subresource", ""))
         by_other = whole != ("kubectl", "Update", "")
         names[by_other] |= owned(entry, "f:metadata", "f:annotations").keys()
@@ -1409,9 +1351,7 @@ def rolled_back(managed_fields: Sequence[Any]) -> frozenset[str]:
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
 
 
-def other_manager(
-    owners: Sequence[Mapping[str, Any]], last_scale_time: datetime | None
-) -> str | None:
+def other_manager(owners: Sequence[Mapping[str, Any]], last_scale: datetime | None) -> str | None:
     """Who sets `spec.replicas` beside this scaler, if it is not a person's kubectl.
 
     Whoever created the Deployment owns the field, too: only a change after the scaler's own, or
@@ -1426,61 +1366,37 @@ def other_manager(
         manager += " through the scale subresource"
         if "controller-manager" in manager:
             manager = f"a HorizontalPodAutoscaler ({manager})"
-    elif last_scale_time is None or not at or at <= write_time(last_scale_time):
+    elif last_scale is None or at <= write_time(last_scale):
         return None
     return manager + (at and f" at {at}")
-
-
-def selector_string(selector: Any) -> str:
-    """A label selector in the form that a list request takes."""
-    labels = member(selector, "matchLabels", dict, {})
-    words = [f"{key}={member(labels, key, str)}" for key in labels]
-    for one in member(selector, "matchExpressions", list, []):
-        key, values = member(one, "key", str), ",".join(map(str, member(one, "values", list, [])))
-        forms = {"In": f"{key} in ({values})", "NotIn": f"{key} notin ({values})"}
-        forms |= {"Exists": key, "DoesNotExist": f"!{key}"}
-        words.append(member(forms, member(one, "operator", str), str))
-    if not words:
-        # It would select every pod of the namespace; the API allows no such Deployment.
-        raise ValueError("the Deployment has no selector")
-    return ",".join(words)
 
 
 def parse_pod(item: Any, deployment: str) -> Pod | None:
     """None for a pod that is ending or has ended, or that is not of this Deployment: its owner
     has to be a ReplicaSet with the name that the Deployment controller gives it."""
-    metadata, status = member(item, "metadata", dict), member(item, "status", dict, {})
-    phase = member(status, "phase", str, "")
-    if metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
-        return None
-    template_hash = member(metadata, "labels", dict, {}).get("pod-template-hash")
+    metadata, status = item["metadata"], item.get("status") or {}
+    phase, annotations = status.get("phase", ""), metadata.get("annotations") or {}
+    template_hash = (metadata.get("labels") or {}).get("pod-template-hash")
     own = ("ReplicaSet", f"{deployment}-{template_hash}", True)
     owners = [
-        owner
-        for owner in member(metadata, "ownerReferences", list, [])
-        if own == tuple(member(owner, key, object, "") for key in ("kind", "name", "controller"))
+        owner["uid"]
+        for owner in metadata.get("ownerReferences") or ()
+        if own == (owner["kind"], owner["name"], owner.get("controller"))
     ]
-    if not owners:
+    if not owners or metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
         return None
-    ready = {"type": "Ready", "status": "True"}
-    conditions = member(status, "conditions", list, [])
-    cost = str(member(metadata, "annotations", dict, {}).get(DELETION_COST, "0"))
-    return Pod(
-        name=member(metadata, "name", str),
-        owner=member(owners[0], "uid", str, ""),
-        deletion_rank=(
-            bool(member(item, "spec", dict, {}).get("nodeName")),
-            {"Pending": 0, "Unknown": 1, "Running": 2}.get(phase, 0),
-            any({key: member(one, key, str, "") for key in ready} == ready for one in conditions),
-        ),
-        # The controller takes an unreadable cost for 0; -1 has it written anew.
-        deletion_cost=int(cost) if re.fullmatch(r"-?[0-9]{1,10}", cost) else -1,
-    )
+    conditions = {one["type"]: one["status"] for one in status.get("conditions") or ()}
+    rank = {"Pending": 0, "Unknown": 1, "Running": 2}.get(phase, 0)
+    assigned, ready = bool(item["spec"].get("nodeName")), conditions.get("Ready") == "True"
+    cost = annotations.get(DELETION_COST, "0")
+    # The controller takes an unreadable cost for 0; -1 has it written anew.
+    cost = int(cost) if re.fullmatch(r"-?[0-9]{1,10}", cost) else -1
+    return Pod(expect(str, metadata["name"]), owners[0], (assigned, rank, ready), cost)
 
 
 class Cluster:
     """The API server, as far as this scaler may see it: one Deployment, its pods, its events.
-    Every public method raises ClusterFailure."""
+    Every public method raises a Failure."""
 
     def __init__(self, client: ApiClient, namespace: str, name: str, run: Run) -> None:
         self.namespace, self.name, self.run = namespace, name, run
@@ -1493,25 +1409,20 @@ class Cluster:
     def live_pods(self, selector: str) -> list[Pod]:
         """The pods that the Deployment's ReplicaSets count."""
 
-        def parse(page: Any) -> tuple[list[Pod | None], str]:
-            kind_is("PodList", page)
-            found = [parse_pod(item, self.name) for item in member(page, "items", list, [])]
-            return found, member(member(page, "metadata", dict, {}), "continue", str, "")
+        def parse(answer: Any) -> list[Pod]:
+            if answer["kind"] != "PodList":  # or an empty answer would mean that no pod is busy
+                raise ValueError(f"kind is {quoted(answer['kind'])}")
+            return [pod for item in answer["items"] or () if (pod := parse_pod(item, self.name))]
 
-        live: list[Pod] = []
-        query, token = {"labelSelector": selector, "limit": str(PAGE)}, "first"
-        while token:
-            page, token = self._insist("listing the pods", parse, "GET", "pods", query=query)
-            live += filter(None, page)
-            query["continue"] = token
-        return live
+        query = {"labelSelector": selector}
+        return self._insist("listing the pods", parse, "GET", "pods", query=query)
 
     def set_deletion_cost(self, pod: Pod, cost: int) -> bool:
         """False where the pod is gone."""
         body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
         try:
             self._insist("marking pods", dict, "PATCH", "pods", pod.name, body)
-        except ClusterFailure as failure:
+        except Failure as failure:
             if failure.status == 404:
                 return False
             raise
@@ -1523,7 +1434,7 @@ class Cluster:
         doing = "patching the Deployment"
         try:
             return self._call(doing, parse_deployment, "PATCH", "deployments", self.name, body)
-        except ClusterFailure as failure:
+        except Failure as failure:
             failure.read_again = failure.transient
             raise
 
@@ -1550,7 +1461,7 @@ class Cluster:
 
     def _insist(self, doing: str, parse: Callable[[Any], T], *call: Any, **more: Any) -> T:
         """A call that is tried again while that can help."""
-        return retrying(self.run, "transient")(lambda: self._call(doing, parse, *call, **more))
+        return self.run.retrying("transient")(lambda: self._call(doing, parse, *call, **more))
 
     def _call(
         self,
@@ -1562,56 +1473,56 @@ class Cluster:
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, str] | None = None,
     ) -> T:
-        """One request and its answer, as plain JSON, which spares the import of the client's
-        generated models: more CPU than all the rest of a run."""
+        """One request, and its answer as `parse` reads it."""
+        self.run.enter(doing, "ClusterUnavailable")
+        if self.run.left() <= 0:
+            raise Failure("ClusterUnavailable", f"no time was left for {doing}")
+        group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
+        path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
+        response = self._request(doing, method, path, body, query)
+        if not 200 <= response.status < 300:
+            raise self._refusal(doing, method, resource, response)
+        try:
+            return parse(json.loads(response.data))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            found = f"{type(error).__name__}: {one_line(error)}"
+            problem = f"the API server's answer makes no sense while {doing}: {found}"
+            raise Failure("ClusterUnavailable", problem, transient=True) from error
+
+    def _request(self, doing: str, method: str, path: str, body: Any, query: Any) -> Any:
+        """The response, read to its end, whatever its status. It stays plain JSON, which spares the
+        import of the client's generated models: more CPU than all the rest of a run."""
         from kubernetes.client.exceptions import OpenApiException
         from kubernetes.config import ConfigException
         from urllib3.exceptions import HTTPError
 
-        self.run.enter(doing, "ClusterUnavailable")
-        if self.run.left() <= 0:
-            raise ClusterFailure("ClusterUnavailable", f"no time was left for {doing}")
-        group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
-        path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        started = time.monotonic()
+        headers = {"Accept": "application/json", "Content-Type": kind}
+        parameters = list((query or {"fieldManager": FIELD_MANAGER}).items())
         try:
             request = self._client.param_serialize(
-                method,
-                path,
-                query_params=list((query or {"fieldManager": FIELD_MANAGER}).items()),
-                header_params={"Accept": "application/json", "Content-Type": kind},
-                body=body,
-                auth_settings=["BearerToken"],
+                method, path, None, parameters, headers, body, auth_settings=["BearerToken"]
             )
             response = self._client.call_api(*request, _request_timeout=self.run.for_call())
-            content = response.read()
+            response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
             problem = f"the API server did not answer while {doing}: {one_line(error)}"
-            raise ClusterFailure("ClusterUnavailable", problem, transient=True) from error
+            raise Failure("ClusterUnavailable", problem, transient=True) from error
         except ValueError:
             # From http.client; its text quotes the whole header.
             problem = "the credentials hold a character that no HTTP header can, such as a line end"
-            raise ClusterFailure("Forbidden", problem, exit_code=2) from None
-        took = time.monotonic() - started
-        LOG.debug("%s %s: %d in %.3f s", method, path, response.status, took)
-        if not 200 <= response.status < 300:
-            raise self._refusal(doing, method, resource, response)
-        try:
-            return parse(json.loads(content))
-        except (ValueError, RecursionError, TypeError) as error:
-            problem = f"the API server's answer makes no sense while {doing}: {one_line(error)}"
-            raise ClusterFailure("ClusterUnavailable", problem, transient=True) from error
+            raise Failure("Forbidden", problem, exit_code=2) from None
+        return response
 
-    def _refusal(self, doing: str, method: str, resource: str, response: Any) -> ClusterFailure:
+    def _refusal(self, doing: str, method: str, resource: str, response: Any) -> Failure:
         """The failure that an HTTP status stands for, with what to do about it."""
         status = known = response.status
         if status not in REFUSALS or (status == 404 and resource != "deployments"):
             known = 500 if status >= 500 else 400
-        reason, transient, advice = REFUSALS[known]
+        reason, exit_code, advice = REFUSALS[known]
         try:
-            message = one_line(member(json.loads(response.data), "message", str))
-        except (ValueError, RecursionError):  # not a Status object; a proxy's page, perhaps
+            message = one_line(expect(str, json.loads(response.data)["message"]))
+        except (ValueError, TypeError, LookupError, RecursionError):  # perhaps a proxy's page
             message = quoted(response.data.decode(errors="replace"))
         said = f"the API server answered {status} while {doing}: {message}"
         if known == 404:
@@ -1619,10 +1530,8 @@ class Cluster:
         verbs = {"PATCH": "patch", "POST": "create", "GET": "list" if resource == "pods" else "get"}
         names = {"name": self.name, "namespace": self.namespace, "resource": resource}
         said += advice.format(verb=verbs[method], **names)
-        failure = ClusterFailure(reason, said, exit_code=1 if transient else 2, transient=transient)
-        # A list that cannot be gone on with has to be begun anew, and so has all that it is for.
-        failure.status, failure.read_again = status, status == 410
-        failure.transient = transient and not failure.read_again
+        failure = Failure(reason, said, exit_code, transient=exit_code == 1)
+        failure.status = status
         # Seconds. A date is not read: ours and the server's clock may differ.
         pause = response.headers.get("Retry-After") or ""
         failure.retry_after = float(pause) if re.fullmatch(r"\d{1,6}", pause) else 0.0
@@ -1632,7 +1541,7 @@ class Cluster:
 def open_cluster(settings: Settings, run: Run) -> Cluster:
     """The cluster that this pod runs in or, outside one, the kubeconfig's, as for kubectl.
 
-    Raises ClusterFailure where there is no usable configuration.
+    Raises a Failure where there is no usable configuration.
     """
     run.enter("loading the Kubernetes client", "ClusterUnavailable")
     from kubernetes import config
@@ -1652,18 +1561,16 @@ def open_cluster(settings: Settings, run: Run) -> Cluster:
             config.load_kube_config(path, client_configuration=configuration, persist_config=False)
             context = config.list_kube_config_contexts(path)[1]["context"]
             own = context.get("namespace") or "default"
-    except (
-        config.ConfigException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
-    ) as error:  # fmt: skip
+    except (config.ConfigException, YAMLError, OSError, ValueError, TypeError, KeyError,
+            AttributeError) as error:  # fmt: skip
         # All of these come out of the library for a damaged file.
         known = isinstance(error, config.ConfigException | OSError)
-        raise ClusterFailure(
-            "ClusterUnavailable",
+        problem = (
             "no usable cluster configuration: looked for a service account "
             f"(KUBERNETES_SERVICE_HOST and {SERVICE_ACCOUNT}), KUBECONFIG and ~/.kube/config: "
-            f"{type(error).__name__}: {one_line(error) if known else 'damaged'}",
-            exit_code=2,
-        ) from error
+            f"{type(error).__name__}: {one_line(error) if known else 'damaged'}"
+        )
+        raise Failure("ClusterUnavailable", problem, exit_code=2) from error
     client = ApiClient(configuration)
     client.user_agent = f"{FIELD_MANAGER}/{__version__}"
     run.namespace = settings.namespace or own
@@ -1684,10 +1591,10 @@ class Look:
     def take(self) -> Decision:
         """Look, and again from the start where another writer came in between.
 
-        Raises ClusterFailure.
+        Raises a Failure.
         """
         # An attempt that begins later would blame the queue for the time that it lacks.
-        return retrying(self.run, "read_again", reserve=True)(self.attempt)
+        return self.run.retrying("read_again", reserve=True)(self.attempt)
 
     def attempt(self) -> Decision:
         run, deployment = self.run, self.cluster.read_deployment()
@@ -1695,16 +1602,16 @@ class Look:
         for decision in self.pending:
             if landed(decision, deployment):
                 return self.finish(deployment, decision)
-        now = run.now()
+        now, owners = run.now(), deployment.replicas_owners
         state = parse_state(deployment.annotations, self.settings, now, deployment.rolled_back)
-        own_zero = {one.get("manager") for one in deployment.replicas_owners} == {FIELD_MANAGER}
+        own_zero = {entry.get("manager") for entry in owners} == {FIELD_MANAGER}
         inputs = Inputs(now, deployment.replicas, state, own_zero=own_zero)
         try:
             decision = self.gather(deployment, inputs)
         except QueueFailure as problem:
             decision = without_queue(self.settings, inputs, problem)
         warnings = state.warnings
-        if other := other_manager(deployment.replicas_owners, state.last_scale_time):
+        if other := other_manager(owners, state.last_scale_time):
             warnings += (f"two masters: spec.replicas was last set by {other}; keep one",)
         dry = "dry run, nothing is changed: " if run.dry_run else ""
         decision = replace(decision, message=dry + decision.message, warnings=warnings)
@@ -1713,7 +1620,7 @@ class Look:
     def gather(self, deployment: Deployment, inputs: Inputs) -> Decision:
         """Decide, and read what that needs, and no more: the queue is not waited for where a
         person or the range decides, and no document is read unless a scale-down is about to
-        happen. Raises QueueFailure, ClusterFailure."""
+        happen. Raises a Failure."""
         settings, live = self.settings, None
         decision = override(settings, inputs)
         if decision is None:
@@ -1731,7 +1638,7 @@ class Look:
     def protect_busy_pods(self, live: Sequence[Pod], inputs: Inputs) -> Decision:
         """Mark the live pods so that a scale-down takes idle ones, and decide once more with what
         a second reading, after the marking, says of them: a job claimed in between protects its
-        pod. Raises QueueFailure, ClusterFailure."""
+        pod. Raises a Failure."""
 
         def read(live: Sequence[Pod]) -> tuple[set[str], Decision]:
             busy = self.queue.busy_pods([pod.name for pod in live])
@@ -1747,21 +1654,21 @@ class Look:
         # A pod that finished since it was marked keeps its mark, and so its place, until the next
         # look.
         busy, decision = read(live)
-        mend = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
+        claimed = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
         marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
-        if marked + len(mend) > len(live):
+        if marked + len(claimed) > len(live):
             # More than one mark a pod: too much is going on. The next look has fewer to make.
             because = ", as jobs were claimed while the pods were marked"
             known = replace(inputs, busy_floor=INT32_MAX, busy_because=because)
             decision = decide(self.settings, known)
         if decision.change < 0:
             # A person's order is carried out whatever it costs, so that each mark has to be right.
-            self.mark_pods(live if decision.reason == "Paused" else mend, busy)
+            self.mark_pods(live if decision.reason == "Paused" else claimed, busy)
         return decision
 
     def mark_pods(self, live: Iterable[Pod], busy: set[str]) -> list[Pod]:
         """Give pods the deletion cost they should have, where they have another. The pods after
-        that, without those that somebody deleted meanwhile. Raises ClusterFailure."""
+        that, without those that somebody deleted meanwhile. Raises a Failure."""
         costs = [(pod, BUSY_COST if pod.name in busy else 0) for pod in live]
         return [
             replace(pod, deletion_cost=cost)
@@ -1771,7 +1678,7 @@ class Look:
 
     def apply(self, deployment: Deployment, decision: Decision) -> Decision:
         """The one place that changes the Deployment. `resourceVersion` as read makes the API
-        server refuse the patch if anybody else wrote in between. Raises ClusterFailure."""
+        server refuse the patch if anybody else wrote in between. Raises a Failure."""
         run, annotations = self.run, dict(decision.annotations)
         if decision.change:
             verb = "up" if decision.change > 0 else "down"
@@ -1790,7 +1697,7 @@ class Look:
         run.in_doubt = True
         try:
             after = self.cluster.patch_deployment(body)
-        except ClusterFailure as failure:
+        except Failure as failure:
             # With a status below 500 the API server has refused it.
             run.in_doubt = failure.read_again and not 400 <= failure.status < 500
             if run.in_doubt and decision.change:
@@ -1806,8 +1713,8 @@ class Look:
         self.run.done = decision
         try:
             self.cluster.post_event(deployment.uid, write_time(self.run.now()), decision)
-        except ClusterFailure as failure:
-            LOG.warning("no Event was written: %s", failure)
+        except Failure as failure:
+            self.run.log("WARNING", f"no Event was written: {failure}")
         return decision
 
 
@@ -1828,45 +1735,43 @@ def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], da
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     # A run of one look is over before a garbage collection could free anything worth its time.
     gc.disable()
-
-    def supervise(run: Run, seconds: int) -> None:
-        threading.Thread(target=watch, args=(run, seconds), daemon=True).start()
-
-    return execute(argv, environ, clock, supervise)
+    return execute(argv, environ, clock, watch)
 
 
 def execute(
     argv: Sequence[str],
     environ: Mapping[str, str],
     clock: Callable[[], datetime],
-    supervise: Callable[[Run, int], None] = lambda run, seconds: None,
+    supervise: Callable[[Run, int], None] | None = None,
 ) -> int:
     """One run, without signals, timers or an exit of its own. Returns the exit code.
 
-    `supervise` is called with the run's budget in seconds, once the settings are read and before
-    anything is waited for.
+    `supervise` is called in a thread of its own with the run's budget in seconds, once the settings
+    are read and before anything is waited for.
     """
-    if "--help" in argv or "-h" in argv or "--version" in argv:
+    if not {"--help", "-h", "--version"}.isdisjoint(argv):
         with suppress(OSError):
-            version = f"queue-scaler {__version__}"
-            print(version if "--version" in argv else usage(), flush=True)
+            print(f"queue-scaler {__version__}" if "--version" in argv else usage(), flush=True)
         return 0
-    environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
-    set_up_logging(environ)
-    run = Run(environ, clock, environ.get("DRY_RUN", "").strip().lower() == "true")
+    if not logging.getLogger().handlers:
+        # Else Python prints what libraries log: a login helper's output, for one.
+        logging.getLogger().addHandler(logging.NullHandler())
+    run = Run({**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ, clock)
 
     def start() -> None:
         unknown = [quoted(argument) for argument in argv if argument != "--dry-run"]
         if unknown:
             problem = f"unknown argument {unknown[0]}: expected --dry-run, --help, --version"
             raise Failure("InvalidSettings", problem, exit_code=2)
-        settings = read_settings(environ)
-        supervise(run, settings.timeout_seconds)
+        settings = read_settings(run.environ)
+        if supervise:
+            budget = (run, settings.timeout_seconds)
+            threading.Thread(target=supervise, args=budget, daemon=True).start()
         run.interval = settings.polling_interval_seconds
         poll(settings, open_cluster(settings, run), JobQueue(settings, run))
 
     for warning in misspelled(environ):
-        LOG.warning("%s", warning)
+        run.log("WARNING", warning)
     decision = guarded(run, start)
     with run.reporting:
         if decision:
@@ -1884,7 +1789,7 @@ def guarded(run: Run, action: Callable[[], T]) -> T | Decision:
     except Exception as error:
         # A bug of ours, or a case that a library's pages do not name: it must not cost the line
         # and the record, nor the looks that follow.
-        LOG.error("%s", traceback.format_exc())
+        run.log("ERROR", traceback.format_exc())
         why = f"internal error while {run.stage}: {type(error).__name__}: {one_line(error)}"
         return replace(run.done or run.break_off(why), exit_code=1)
 
@@ -1915,11 +1820,11 @@ def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
         run.resting = False
 
 
-def watch(run: Run, seconds: int) -> None:
+def watch(run: Run, budget: int) -> None:
     """End the run on SIGTERM, on SIGINT, and when its time is up, whatever the main thread is
     waiting for: no timeout of a client covers an answer that drips in, or a name server."""
-    received = signal.sigtimedwait(SIGNALS, max(0.0, run.started + seconds - time.monotonic()))
-    why = f"out of time (TIMEOUT_SECONDS={seconds})"
+    received = signal.sigtimedwait(SIGNALS, max(0.0, run.started + budget - time.monotonic()))
+    why = f"out of time (TIMEOUT_SECONDS={budget})"
     if received:
         why = f"ended by {signal.Signals(received.si_signo).name}"
     exit_code = 128 + received.si_signo if received else 1
@@ -1958,23 +1863,12 @@ def usage() -> str:
     return f"""\
 usage: scaler.py [--dry-run] [--help] [--version]
 
-Sets the replicas of one Kubernetes Deployment by the length of a Firestore job queue.
-
+{__doc__}
 Environment variables, with their defaults:
 {table}
 
 FIRESTORE_EMULATOR_HOST and GOOGLE_APPLICATION_CREDENTIALS work as in every Google client. Inside a
-cluster the service account is used, outside one KUBECONFIG or ~/.kube/config.
-
-Annotations on the Deployment that a person sets:
-  queue-scaler/paused=true              decide nothing, change nothing
-  queue-scaler/paused-replicas=N        hold exactly N pods
-  queue-scaler/paused-scale-in=true     never scale down
-  queue-scaler/paused-scale-out=true    never scale up
-  queue-scaler/paused-until=TIME        when these four end by themselves
-
-Exit codes: 0, the run did its work; 1, the queue or the cluster did not answer, nothing was shrunk
-and the next run tries again; 2, a person has to change something first."""
+cluster the service account is used, outside one KUBECONFIG or ~/.kube/config."""
 
 
 if __name__ == "__main__":

@@ -862,7 +862,7 @@ def test_a_crash_before_the_patch_changes_nothing(
         assert scene.cluster.scales == []
 
 
-@pytest.mark.parametrize("function", ["finish"])
+@pytest.mark.parametrize("function", ["Look.finish"])
 def test_a_crash_after_the_patch_does_not_deny_it(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def test_an_order_that_came_back_is_not_carried_out(world: World, queue: FakeFir
     for _ in range(2):
         run = world.run()
         assert (run.exit_code, run.reason, world.replicas) == (0, "Paused", 3), run
-        assert "paused-replicas='0' came back with a kubectl rollout undo" in run.stdout, run
+        assert "paused-replicas='0': came back with a kubectl rollout undo" in run.stdout, run
         world.pass_time()
     world.cluster.annotate("worker", **{ANNOTATION + "paused-replicas": "2"})
     run = world.run()
@@ -50,7 +50,7 @@ def test_an_end_that_came_back_ends_nothing(world: World, queue: FakeFirestore) 
     undo(world, paused_until="2025-12-31T00:00:00Z")
     run = world.run()
     assert (run.reason, world.replicas) == ("Paused", 1), run
-    assert "paused-until='2025-12-31T00:00:00Z' came back" in run.stdout, run
+    assert "paused-until='2025-12-31T00:00:00Z': came back" in run.stdout, run
 
 
 def test_a_history_that_came_back_starts_afresh(world: World, queue: FakeFirestore) -> None:

@@ -321,17 +321,14 @@ def scale_down(here: Site) -> str:
 
 
 def history(here: Site) -> str:
-    readme = (REPOSITORY / "README.md").read_text()
-    command = re.search(
-        r"kubectl (get pods -l app=queue-scaler .*)-o custom-columns='(.*)'", readme
-    )
-    assert command, "README.md has no such command"
-    options = command[1].split()
-    table = here.kubectl(*options, "-o", f"custom-columns={command[2]}").splitlines()
+    page = (REPOSITORY / "docs/operations.md").read_text()
+    command = re.search(r"kubectl (get pods -l app=queue-scaler.*)-o jsonpath='(.*?)'", page)
+    assert command, "docs/operations.md has no such command"
+    rows = here.kubectl(*command[1].split(), "-o", f"jsonpath={command[2]}").splitlines()
     told = [run["message"] for run in here.runs]
-    missing = [message for message in told if not any(message in row for row in table)]
-    assert not missing, f"{missing} not in {table}"
-    return f"{len(table) - 1} runs"
+    missing = [message for message in told if not any(message in row for row in rows)]
+    assert not missing, f"{missing} not in {rows}"
+    return f"{len(rows)} runs"
 
 
 def refusal(here: Site) -> str:

@@ -1,0 +1,566 @@
+"""README.md and docs/ say what is so: tables, quoted lines, commands and links are held against the
+script, the fakes and the repository."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from grpc import StatusCode  # type: ignore[import-untyped]
+
+import scaler
+from tests.support.firestore import Fail, FakeFirestore, missing_index
+from tests.support.kubectl import ForKubectl, ended_job
+from tests.support.kubernetes import FakeKubernetes, Match, answer
+from tests.support.world import BUSY, PROJECT, REPOSITORY, START, Run, World
+
+NAME = "eventstorming-generator"
+README, KOREAN = REPOSITORY / "README.md", REPOSITORY / "README.ko.md"
+DOCS = REPOSITORY / "docs"
+OPERATIONS = DOCS / "operations.md"
+TRANSLATED = {README: KOREAN, DOCS / "troubleshooting.md": DOCS / "troubleshooting.ko.md"}
+PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
+NEEDED = {"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+both_languages = pytest.mark.parametrize(
+    ("english", "translation"), TRANSLATED.items(), ids=lambda page: page.name
+)
+
+# --- Reading the pages -------------------------------------------------------------------------
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(page.read_text()) if found == language]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+def tables(page: Path) -> list[list[list[str]]]:
+    """Rows of cells, without the header and the line under it."""
+    return [
+        [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()[2:]]
+        for rows in re.findall(r"(?:^\|.*\|\n)+", prose(page), re.MULTILINE)
+    ]
+
+
+def table_of(page: Path, first: str) -> list[list[str]]:
+    """The table whose first row begins with this cell, in plain text."""
+    found = ([[plain(cell) for cell in row] for row in table] for table in tables(page))
+    return next(table for table in found if table[0][0] == first)
+
+
+def plain(cell: str) -> str:
+    return re.sub(r"\[(.*?)\]\([^)]*\)", r"\1", cell).replace("`", "").strip("| ")
+
+
+def codes(text: str) -> list[str]:
+    return sorted(re.findall(r"`([^`]+)`", text))
+
+
+def commands(page: Path) -> list[str]:
+    """What a person types, in the order of the page: each ends where its quotes are closed."""
+    found: list[str] = []
+    for block in blocks(page, "bash"):
+        pending = ""
+        for line in block.splitlines():
+            pending += line + "\n"
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:  # a quote is open
+                continue
+            if not line.endswith("\\"):
+                found += [re.sub(r"\s+# .*", "", pending).strip()] if words else []
+                pending = ""
+    return found
+
+
+# --- Tables ------------------------------------------------------------------------------------
+
+
+def test_the_settings_table_is_that_of_the_code() -> None:
+    wanted = [
+        [item.name.upper(), item.metadata["shown"], item.metadata["meaning"]]
+        for item in fields(scaler.Settings)
+    ]
+    assert table_of(README, "DEPLOYMENT") == wanted
+
+
+def test_the_annotations_table_names_every_annotation() -> None:
+    wanted = {
+        value
+        for value in vars(scaler).values()
+        if isinstance(value, str) and re.fullmatch(r"queue-scaler/[a-z-]+", value)
+    }
+    assert {row[0] for row in table_of(README, scaler.LAST_SCALE_TIME)} == wanted
+
+
+@both_languages
+def test_both_languages_have_the_same_sections_tables_code_and_links(
+    english: Path, translation: Path
+) -> None:
+    def skeleton(page: Path) -> dict[str, object]:
+        """All of a page that no translation touches."""
+        code = [
+            (language, re.sub(r"(^|\s+)# .*$", "", body, flags=re.MULTILINE))
+            for language, body in FENCE.findall(page.read_text())
+        ]
+        links = re.findall(r"\]\(([^)#]+)", prose(page).replace(".ko.md", ".md"))
+        return {
+            "sections": re.findall(r"^#+", prose(page), re.MULTILINE),
+            "tables": [[codes(" ".join(row)) for row in table] for table in tables(page)],
+            "code": code,
+            "links": sorted(links),
+        }
+
+    assert skeleton(translation) == skeleton(english)
+
+
+@pytest.mark.parametrize("page", [README, KOREAN], ids=lambda page: page.name)
+def test_the_readme_is_read_in_one_sitting(page: Path) -> None:
+    assert len(page.read_text().splitlines()) <= 220
+
+
+# --- Links -------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of the headings: letters, digits and hyphens of any language."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@every_page
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
+
+
+# --- What the script prints --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The pages' Deployment, and a queue."""
+
+    world: World
+    queue: FakeFirestore
+
+    def wait(self, jobs: int) -> None:
+        """So many jobs wait, and nothing else is in the queue."""
+        self.queue.clear()
+        self.queue.fill(jobs)
+
+    def annotate(self, **annotations: str | None) -> None:
+        named = {f"queue-scaler/{key.replace('_', '-')}": v for key, v in annotations.items()}
+        self.world.cluster.annotate(NAME, **named)
+
+    def roll_back(self, annotation: str, value: str) -> None:
+        """As `kubectl rollout undo` puts an annotation back."""
+
+        def put_back(deployment: dict[str, Any]) -> None:
+            deployment["metadata"]["annotations"][annotation] = value
+
+        self.world.cluster.edit("deployments", NAME, put_back, manager="kubectl")
+
+    def queue_fails(self, fault: Fail, **settings: str) -> Run:
+        self.queue.heal()
+        self.queue.fault("count", fault)
+        return self.world.run(TIMEOUT_SECONDS="1", **settings)
+
+    def without_permission(self) -> Run:
+        """As the scaler's account, by a Role that names another Deployment."""
+        cluster = self.world.cluster
+        cluster.load_rbac((REPOSITORY / "rbac.yaml").read_text().replace(NAME, "another"))
+        config = self.world.directory / "as-queue-scaler"
+        cluster.write_kubeconfig(config, cluster.service_account("queue-scaler"))
+        return self.world.run(KUBECONFIG=str(config))
+
+    def without_credentials(self) -> Run:
+        environ = {**self.world.environment(), "NO_GCE_CHECK": "true"}
+        del environ["FIRESTORE_EMULATOR_HOST"]
+        return self.world.run_with(environ)
+
+    def all_busy(self) -> None:
+        self.queue.clear()
+        for pod in self.world.cluster.pods(NAME):
+            name = pod["metadata"]["name"]
+            self.queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
+
+
+@contextmanager
+def example(directory: Path, replicas: int) -> Iterator[Situation]:
+    with (
+        FakeKubernetes(seed=1) as cluster,
+        FakeFirestore(project=PROJECT, other_databases=["other"]) as queue,
+    ):
+        cluster.add_deployment(NAME, replicas=replicas)
+        yield Situation(World(cluster, queue.host, NAME, START, directory=directory), queue)
+
+
+NO_WAITS = {"SCALE_DOWN_STABILIZATION_SECONDS": "0", "SCALE_DOWN_COOLDOWN_SECONDS": "0"}
+FALLBACK = {"FALLBACK_REPLICAS": "2", "FALLBACK_AFTER_SECONDS": "0"}
+DENIED = Fail(StatusCode.PERMISSION_DENIED, "Missing or insufficient permissions.")
+UNAVAILABLE = Fail(StatusCode.UNAVAILABLE, "failed to connect to all addresses")
+REFUSED = (
+    f"deployments.apps \"{NAME}\" is forbidden: ValidatingAdmissionPolicy 'queue-scaler' with "
+    "binding 'queue-scaler' denied request: queue-scaler may not set more than 20 replicas: a"
+)
+
+
+def nothing_works(it: Situation) -> Iterator[Run]:
+    """Settings, rights, and servers that do not answer."""
+    run = it.world.run
+    yield run(MIN_REPLICAS="-1", MAX_REPLICAS="three")
+    yield run(MAX_REPLICA="5")
+    yield run(DEPLOYMENT="worker")
+    yield run(KUBECONFIG="/nowhere")
+    yield it.without_permission()
+    yield it.without_credentials()
+    yield run(FIRESTORE_DATABASE="missing")
+    for problem in (missing_index(), DENIED, UNAVAILABLE):
+        yield it.queue_fails(problem)
+    for problem in (DENIED, UNAVAILABLE):
+        yield it.queue_fails(problem, SCALE_UP_STEP="0", **FALLBACK)
+        yield it.queue_fails(problem, **FALLBACK)
+        it.world.cluster.scale(NAME, 1)
+    it.queue.heal()
+    it.wait(25)
+    it.world.cluster.fault(Match("patch"), answer(403, message=REFUSED))
+    yield run(MAX_REPLICAS="25")
+    it.world.cluster.stop_listening()
+    yield run(TIMEOUT_SECONDS="1")
+
+
+def others_act(it: Situation) -> Iterator[Run]:
+    """What people and other programs do to the Deployment."""
+    cluster, run = it.world.cluster, it.world.run
+    it.annotate(paused="true", last_scale_time="yesterday")
+    yield run()
+    it.annotate(paused=None)
+    it.roll_back("queue-scaler/paused-replicas", "0")
+    yield run()
+    it.annotate(paused_replicas=None)
+    cluster.scale(NAME, 0)
+    yield run()
+    cluster.scale(NAME, 2, manager="kube-controller-manager")
+    yield run()
+
+
+def jobs_come(it: Situation) -> Iterator[Run]:
+    run = it.world.run
+    yield run()
+    it.wait(5)
+    yield run("--dry-run")
+    yield run(SCALE_UP_STABILIZATION_SECONDS="60")
+    yield run(SCALE_UP_STEP="0")
+    yield run(SCALE_UP_STEP="1")
+    it.world.pass_time(60)
+    yield run()
+    it.wait(0)
+    yield run(SCALE_DOWN_STABILIZATION_SECONDS="0")
+
+
+def jobs_end(it: Situation) -> Iterator[Run]:
+    run = it.world.run
+    yield run()
+    it.all_busy()
+    yield run(BUSY_FILTER=BUSY)
+    yield run(BUSY_FILTER=BUSY, JOBS_PER_POD="2", **NO_WAITS)
+    it.wait(0)
+    yield run(SCALE_DOWN_STEP="0", **NO_WAITS)
+    yield run(**NO_WAITS)
+    yield run(MIN_REPLICAS="2")
+    yield run(MIN_REPLICAS="1", MAX_REPLICAS="1")
+
+
+def rollout(it: Situation) -> Iterator[Run]:
+    it.world.cluster.start_rollout(NAME, new_pods=1, old_pods=2)
+    it.all_busy()
+    yield it.world.run(BUSY_FILTER=BUSY, JOBS_PER_POD="2", **NO_WAITS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """A run in each situation that a page describes."""
+    situations = [(1, nothing_works), (1, others_act), (1, jobs_come), (3, jobs_end), (3, rollout)]
+    found: list[Run] = []
+    for replicas, situation in situations:
+        with example(tmp_path_factory.mktemp("runs"), replicas) as it:
+            found += situation(it)
+    return found
+
+
+def lines_of(output: str) -> list[str]:
+    """Without the time and the level."""
+    return [re.sub(r"^\S+Z [A-Z]+ ", "", line) for line in output.splitlines()]
+
+
+@every_page
+def test_the_script_prints_each_quoted_line(page: Path, runs: list[Run]) -> None:
+    """An ellipsis stands for anything."""
+    quoted = [line for block in blocks(page, "text") for line in lines_of(block)]
+    printed = [line for run in runs for line in lines_of(run.stdout)]
+    for line in quoted:
+        if line.startswith("AutoScaler"):
+            pattern = re.compile(re.escape(line).replace("…", ".*"))
+            assert any(map(pattern.fullmatch, printed)), "\n".join([line, "", *printed])
+
+
+def test_each_reason_has_its_row_with_the_exit_codes_that_it_comes_with(runs: list[Run]) -> None:
+    table = table_of(OPERATIONS, "ScaledUp")
+    documented = {(reason, code) for reason, cell, _ in table for code in re.findall(r"\d", cell)}
+    seen = {(run.reason, str(run.exit_code)) for run in runs}
+    reasons = set(scaler.Reason.__args__)  # type: ignore[attr-defined]
+    assert {reason for reason, _ in documented} == {reason for reason, _ in seen} == reasons
+    assert seen == documented
+
+
+def test_the_record_on_the_page_is_one_that_a_run_leaves(tmp_path: Path) -> None:
+    (shown,) = (json.loads(block) for block in blocks(OPERATIONS, "json"))
+    with example(tmp_path, replicas=1) as it:
+        it.wait(2)
+        left = it.world.run(BUSY_FILTER=BUSY).record
+    assert {**shown, "durationSeconds": 0} == {**left, "durationSeconds": 0}
+
+
+# --- Commands ----------------------------------------------------------------------------------
+
+
+@every_page
+def test_every_make_target_exists(page: Path) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    named = re.findall(r"`make ([a-z0-9-]+)", prose(page))
+    typed = re.findall(r"^make ([a-z0-9-]+)", "\n".join(commands(page)), re.MULTILINE)
+    for target in [*named, *typed]:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@every_page
+def test_every_setting_that_a_command_sets_is_accepted(page: Path) -> None:
+    known = {item.name.upper() for item in fields(scaler.Settings)}
+    for command in commands(page):
+        if " set env " in command and "--local" not in command:
+            words = [word for word in shlex.split(command) if re.match(r"[A-Z_]+(=|-$)", word)]
+            pairs = [word.partition("=") for word in words]
+            assert {name.rstrip("-") for name, _, _ in pairs} <= known, command
+            scaler.read_settings({**NEEDED, **{name: v for name, sep, v in pairs if sep}})
+
+
+@every_page
+def test_every_block_of_variables_is_accepted(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        found = yaml.safe_load(block)
+        if "env" in found:
+            chosen = {entry["name"]: entry["value"] for entry in found["env"]}
+            scaler.read_settings({**NEEDED, **chosen})
+
+
+def test_the_bound_that_the_pages_name_is_that_of_the_guardrails() -> None:
+    policy = next(yaml.safe_load_all((REPOSITORY / "guardrails.yaml").read_text()))
+    variables = policy["spec"]["variables"]
+    bound = next(each["expression"] for each in variables if each["name"] == "maxReplicas")
+    assert f"For more than {bound} pods" in OPERATIONS.read_text()
+
+
+needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not on the PATH")
+CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
+SCALER_LABELS = CRONJOB["metadata"]["labels"]
+
+
+@pytest.fixture
+def kubectl_world(tmp_path: Path) -> Iterator[tuple[ForKubectl, World]]:
+    """The pages' Deployment, CronJob and Jobs, for kubectl."""
+    cluster = ForKubectl(seed=1, tls=True)
+    with cluster, FakeFirestore(project=PROJECT) as queue:
+        cluster.add_deployment(NAME, replicas=1)
+        cluster.add_pod("queue-scaler-1", SCALER_LABELS)
+        cronjob = copy.deepcopy(CRONJOB)
+        cronjob["metadata"] |= {"namespace": "default", "uid": "1", "resourceVersion": "1"}
+        cluster.objects = {
+            "cronjobs": {"queue-scaler": cronjob},
+            "jobs": {name: ended_job(name) for name in ("scale-now", "scale-try")},
+            "horizontalpodautoscalers": {NAME: ended_job(NAME)},
+            "networkpolicies": {},
+        }
+        queue.fill(2)
+        yield cluster, World(cluster, queue.host, NAME, START, {"BUSY_FILTER": BUSY}, tmp_path)
+
+
+def typed(text: str, world: World) -> subprocess.CompletedProcess[str]:
+    """What comes of what a person types, one line or several."""
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", text],
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(world.directory),
+            "KUBECONFIG": world.environment()["KUBECONFIG"],
+            "EDITOR": "true",
+        },
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+# What nobody answers here: it needs an administrator, another API group, a kubelet or another
+# clone. kubectl has understood it where it went on to ask the server for more than what there is.
+ASKED_ONLY = (
+    "--as=",
+    "--namespace",
+    "-n NAMESPACE",
+    "--watch",
+    "delete clusterrolebinding",
+    "delete pod POD",
+    "delete scaledobject",
+    "delete validatingadmissionpolicy",
+    "get deployments --all-namespaces",
+    "get mutatingwebhookconfigurations",
+    "kubectl apply",
+    "kubectl describe",
+    "kubectl rollout",
+    "kubectl wait",
+    "logs job/",
+)
+ENGLISH_COMMANDS = {
+    command: None
+    for page in PAGES
+    if page not in TRANSLATED.values()
+    for command in commands(page)
+    if command.startswith("kubectl") and "thumbnails" not in command
+}
+
+
+@pytest.mark.slow
+@needs_kubectl
+@pytest.mark.parametrize("command", ENGLISH_COMMANDS, ids=lambda command: command[8:70])
+def test_kubectl_does_what_the_page_tells_it(
+    command: str, kubectl_world: tuple[ForKubectl, World]
+) -> None:
+    cluster, world = kubectl_world
+    asked_only = any(part in command for part in ASKED_ONLY)
+    done = typed(f"timeout 3 {command}" if asked_only else command, world)
+    said = f"{command}\n{done.stdout}{done.stderr}"
+    for selector in re.findall(r" -l (\S+)", command):
+        assert set(selector.split(",")) <= {f"{k}={v}" for k, v in SCALER_LABELS.items()}, said
+    refused = r"unknown (shorthand )?(flag|command)|[Uu]sage:|See 'kubectl|invalid|have a resource"
+    assert not re.search(refused, said), said
+    assert " -l " not in command or "No resources found" not in done.stderr, said
+    assert done.returncode == 0 or (asked_only and cluster.asked), said
+
+
+@pytest.mark.slow
+@needs_kubectl
+@pytest.mark.parametrize("job", ["scale-now", "scale-try"])
+def test_a_run_by_hand_pasted_as_a_whole_shows_its_log_and_leaves_nothing(
+    job: str, kubectl_world: tuple[ForKubectl, World]
+) -> None:
+    cluster, world = kubectl_world
+    cluster.objects["jobs"].clear()
+    (block,) = (block for block in blocks(OPERATIONS, "bash") if f"create job {job}" in block)
+    done = typed(block, world)
+    assert done.returncode == 0 and "AutoScaler says this" in done.stdout, f"{done}"
+    assert not cluster.objects["jobs"]
+
+
+@pytest.mark.slow
+@needs_kubectl
+def test_the_run_that_is_only_tried_is_a_dry_one(kubectl_world: tuple[ForKubectl, World]) -> None:
+    cluster, world = kubectl_world
+    cluster.objects["jobs"].clear()
+    (command,) = (c for c in commands(OPERATIONS) if "create job scale-try" in c)
+    assert typed(command, world).returncode == 0
+    container = cluster.objects["jobs"]["scale-try"]["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "DRY_RUN", "value": "true"} in container["env"]
+
+
+@pytest.mark.slow
+@needs_kubectl
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not on the PATH")
+def test_the_history_is_the_table_of_the_page(kubectl_world: tuple[ForKubectl, World]) -> None:
+    cluster, world = kubectl_world
+    for pod in ("queue-scaler-1", "queue-scaler-0"):  # the second is the later run
+        record = world.run().record
+        if pod.endswith("0"):
+            cluster.add_pod(pod, SCALER_LABELS)
+        ended = {"exitCode": 0, "finishedAt": record["time"], "message": json.dumps(record)}
+        containers = [{"state": {"terminated": ended}}]
+        status = {"startTime": record["time"], "containerStatuses": containers}
+        cluster.edit("pods", pod, partial(dict.update, status=status))
+        world.pass_time()
+    with_jq, without = (c for c in commands(OPERATIONS) if "--sort-by=.status.startTime" in c)
+    (shown,) = (block for block in blocks(OPERATIONS, "text") if block.startswith("ENDED"))
+    assert typed(with_jq, world).stdout == shown
+    rows = [row.split("\t") for row in shown.splitlines()[1:]]
+    assert typed(without, world).stdout.splitlines() == [f"{row[0]} {row[-1]}" for row in rows]
+
+
+@pytest.mark.slow
+@needs_kubectl
+def test_a_pause_typed_as_the_page_says_is_applied(
+    kubectl_world: tuple[ForKubectl, World],
+) -> None:
+    _, world = kubectl_world
+    pause = f"kubectl annotate deployment {NAME} queue-scaler/paused=true"
+    resume = f"kubectl annotate deployment {NAME} queue-scaler/paused-"
+    assert {pause, resume} <= set(commands(OPERATIONS))
+    assert typed(pause, world).returncode == 0
+    assert world.run().reason == "Paused"
+    assert typed(resume, world).returncode == 0
+    assert world.run().reason == "ScaledUp"
+
+
+@pytest.mark.slow
+@needs_kubectl
+def test_a_cooldown_is_extended_and_ended_as_the_page_says(
+    kubectl_world: tuple[ForKubectl, World],
+) -> None:
+    _, world = kubectl_world
+    world.now = None  # the command reads the machine's clock
+    end, extend = (c for c in commands(OPERATIONS) if "queue-scaler/last-scale-time" in c)
+    assert typed(extend, world).returncode == 0
+    message = world.run().record["message"]
+    (left,) = (int(number) for number in re.findall(r"for (\d+) s more", message))
+    assert 310 <= left <= 320, message
+    assert typed(end, world).returncode == 0
+    assert world.run().reason == "ScaledUp"
+
+
+@pytest.mark.slow
+@needs_kubectl
+def test_the_overlay_is_built_as_the_page_says(tmp_path: Path) -> None:
+    clone = tmp_path / "queue-scaler"
+    clone.mkdir()
+    for name in ("kustomization.yaml", "rbac.yaml", "cronjob.yaml"):
+        shutil.copy(REPOSITORY / name, clone)
+    shutil.copytree(REPOSITORY / "examples" / "overlay", clone / "examples" / "overlay")
+    lines = [c for c in commands(DOCS / "several-deployments.md") if "thumbnails" in c]
+    built = [line for line in lines if "apply" not in line]
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(built)], cwd=clone, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    names = {one["kind"]: one["metadata"]["name"] for one in yaml.safe_load_all(done.stdout)}
+    assert f"cronjob/{names['CronJob']}" in (DOCS / "several-deployments.md").read_text()
