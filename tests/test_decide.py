@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import ANNOTATION, INT32_MAX, Inputs, QueueLength, Settings, State, decide
-from tests.support.world import START
+from tests.support.firestore import FakeFirestore
+from tests.support.world import BUSY, START, World
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
 CALM = replace(SETTINGS, scale_down_stabilization_seconds=0)  # no windows
@@ -247,6 +248,12 @@ def test_each_outcome_says_what_was_seen_and_what_was_done(
     settings, seen, sentence = row
     decision = decide(settings, seen)
     assert (decision.reason, decision.message) == (name.split()[0], sentence)
+
+
+def test_with_nothing_busy_all_the_pods_may_go(world: World, queue: FakeFirestore) -> None:
+    none = {"MIN_REPLICAS": "0", "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
+    run = world.run(BUSY_FILTER=BUSY, **none)
+    assert (run.reason, world.replicas) == ("ScaledDown", 0), run
 
 
 steps = st.builds("{}{}".format, st.integers(0, 200), st.sampled_from(["", "%"]))

@@ -102,7 +102,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("POLLING_INTERVAL_SECONDS", "45", "less than TIMEOUT_SECONDS, which is '45'"),
         ("POLLING_INTERVAL_SECONDS", "ten", "whole number of seconds"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-08:00 UTC;", "expected PODS DAYS HOURS TIMEZONE"),
-        ("SCHEDULED_MIN_REPLICAS", "2 Mo-Fr 07:00-08:00 UTC", "'Mo-Fr': expected a day"),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mo-Fr 07:00-08:00 UTC", "UTC': 'Mo-Fr': expected a day"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-25:00 UTC", "'07:00-25:00': expected hours"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 24:00-24:00 UTC", "'24:00-24:00': expected hours"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:60-08:00 UTC", "'07:60-08:00': expected hours"),
