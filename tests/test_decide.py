@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scaler
-from scaler import ANNOTATION, INT32_MAX, Inputs, QueueLength, Settings, State, decide
+from scaler import ANNOTATION, INT32_MAX, Decision, Inputs, QueueLength, Settings, State, decide
 from tests.support.firestore import FakeFirestore
 from tests.support.world import BUSY, START, World
 
@@ -148,7 +148,7 @@ RULES = {
 def test_rule(settings: Settings, seen: Inputs, replicas: int, reason: str) -> None:
     decision = decide(settings, seen)
     assert (decision.replicas, decision.reason) == (replicas, reason), decision.message
-    assert decision.current == seen.current and decision.queue == seen.queue
+    assert (decision.current, decision.queue, decision.warnings) == (seen.current, seen.queue, ())
     assert decision.change == replicas - seen.current and decision.exit_code == 0
 
 
@@ -248,6 +248,11 @@ def test_each_outcome_says_what_was_seen_and_what_was_done(
     settings, seen, sentence = row
     decision = decide(settings, seen)
     assert (decision.reason, decision.message) == (name.split()[0], sentence)
+
+
+def test_where_a_number_is_not_known_nothing_is_said_to_change() -> None:
+    assert Decision(None, "ClusterUnavailable", "", 3).change == 0
+    assert Decision(3, "ClusterUnavailable", "").change == 0
 
 
 def test_with_nothing_busy_all_the_pods_may_go(world: World, queue: FakeFirestore) -> None:
@@ -418,6 +423,7 @@ def test_while_the_queue_cannot_be_read(
     decision = scaler.without_queue(settings, seen, problem)
     assert (decision.replicas, f"{decision.reason}: {decision.message}") == (replicas, line)
     assert (decision.current, decision.exit_code) == (seen.current, 2)
+    assert (decision.desired, decision.queue, decision.warnings) == (None, None, ())
     assert decision.annotations == {}, "the stamp of the first failure stays"
 
 

@@ -292,10 +292,16 @@ def test_version_prints_the_version(world: World) -> None:
     assert world.run("--version").stdout == f"queue-scaler {scaler.__version__}\n"
 
 
-@pytest.mark.parametrize("typo", ["MIN_REPLICA", "MAX_REPLICAS_", "JOB_PER_POD", "DRYRUN"])
-def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(typo: str, world: World) -> None:
+TYPOS = {"MIN_REPLICA": "MIN_REPLICAS", "JOB_PER_POD": "JOBS_PER_POD", "dry_run": "DRY_RUN"}
+
+
+@pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
+def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(
+    typo: str, meant: str, world: World
+) -> None:
     run = world.run(**{typo: "2"})
-    assert run.exit_code == 0 and f"WARNING AutoScaler {typo} is not a variable" in run.stdout, run
+    warning = f"WARNING AutoScaler {typo} is not a variable of the scaler: is {meant} meant?\n"
+    assert run.exit_code == 0 and warning in run.stdout, run
     assert "is not a variable" not in world.run(HOSTNAME="x", PYTHONPATH="").stdout
 
 
