@@ -11,6 +11,7 @@ import scaler
 from tests.support.world import REPOSITORY, World
 
 NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"}
+HOURS = "expected PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
 
 
 def problems(**environ: str) -> str:
@@ -76,7 +77,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
             'expected a JSON list of [field, op, value], such as [["status", "==", "waiting"]]; '
             "this is not JSON",
         ),
-        ("WAITING_FILTER", '{"status": "waiting"}', "a JSON list"),
+        ("WAITING_FILTER", '{"status": "waiting"}', '"waiting"]]; this is not a list\n'),
         ("WAITING_FILTER", '["status", "==", "waiting"]', "'status' is not such a triple"),
         ("WAITING_FILTER", '[["status", "=="]]', "is not such a triple"),
         ("WAITING_FILTER", '[["status", "is", "waiting"]]', "'is' is not one of the operators"),
@@ -101,7 +102,11 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("POLLING_INTERVAL_SECONDS", "0", "less than TIMEOUT_SECONDS, which is '45'"),
         ("POLLING_INTERVAL_SECONDS", "45", "less than TIMEOUT_SECONDS, which is '45'"),
         ("POLLING_INTERVAL_SECONDS", "ten", "whole number of seconds"),
-        ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-08:00 UTC;", "expected PODS DAYS HOURS TIMEZONE"),
+        (
+            "SCHEDULED_MIN_REPLICAS",
+            "2 Mon 07:00-08:00 UTC;",
+            f"='2 Mon 07:00-08:00 UTC;': '': {HOURS}\n",
+        ),
         ("SCHEDULED_MIN_REPLICAS", "2 Mo-Fr 07:00-08:00 UTC", "UTC': 'Mo-Fr': expected a day"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-25:00 UTC", "'07:00-25:00': expected hours"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 24:00-24:00 UTC", "'24:00-24:00': expected hours"),
@@ -160,7 +165,7 @@ def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
 ) -> None:
     message = problems(**{variable: value})
     assert message.startswith(f"{variable}=") or message.startswith(f"{variable}:")
-    assert expected in message
+    assert expected in f"{message}\n"
     assert len(message) < 600, "a long value is cut"
 
 
@@ -170,7 +175,9 @@ ACCEPTED = [
     ("QUEUE_COLLECTION", "/tenants/acme corp/jobs/", "tenants/acme corp/jobs"),
     ("QUEUE_COLLECTION_GROUP", "TRUE", True),
     ("QUEUE_COLLECTION_GROUP", "False", False),
-    ("BUSY_FILTER", "[]", ()),
+    ("WAITING_FILTER", "[]", ()),
+    ("BUSY_FILTER", '[["job-type.x", "==", 1]]', (("`job-type`.x", "==", 1),)),
+    ("BUSY_POD_FIELD", "_worker.2nd pod.`a.b`", "_worker.`2nd pod`.`a.b`"),
     ("MAX_REPLICAS", "2147483647", 2**31 - 1),
     ("MAX_REPLICAS", "1", 1),
     ("MIN_REPLICAS", "3", 3),
