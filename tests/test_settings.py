@@ -62,7 +62,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("NAMESPACE", "Prod", "Kubernetes name"),
         ("FIRESTORE_DATABASE", " ", "expected a name, not an empty one"),
         ("DEPLOYMENT", "a" * 254, "letters, digits, '-' and '.'"),
-        ("DEPLOYMENT", "\ud800", "expected text in UTF-8"),
+        ("DEPLOYMENT", "\ud800", ": expected text in UTF-8\n"),
         ("QUEUE_COLLECTION", "", "none of them empty"),
         (
             "QUEUE_COLLECTION",

@@ -35,6 +35,7 @@ from pathlib import Path
 import hypothesis
 import libcst
 import pytest
+from libcst.matchers import Call, Name, matches
 from libcst.metadata import MetadataWrapper, WhitespaceInclusivePositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_string
 
@@ -79,9 +80,9 @@ class Mutations(libcst.CSTVisitor):
     def on_visit(self, node: libcst.CSTNode) -> bool:
         if isinstance(node, libcst.FunctionDef | libcst.ClassDef):
             self._names.append(node.name.value)
-        # What is not run with a function, or says nothing of ours.
-        if isinstance(
-            node, libcst.Annotation | libcst.Decorator | libcst.Import | libcst.ImportFrom
+        # What mutmut leaves alone, too: types, decorators, and calls that could only fail.
+        if isinstance(node, libcst.Annotation | libcst.Decorator) or (
+            matches(node, Call(func=Name("len") | Name("isinstance")))
         ):
             return False
         for kind, operator in mutation_operators:
