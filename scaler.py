@@ -139,7 +139,7 @@ def bounded_integer(least: int, most: int, unit: str) -> Callable[[str], int]:
 
 def api_field_path(raw: str) -> str:
     """A field's path with quotes where the API needs them and people leave them out."""
-    return re.sub(FIELD, lambda part: part[0] if part[1] else f"`{part[0]}`", raw)
+    return re.sub(FIELD, lambda part: part[1] or "`" + part[0].replace("\\", r"\\") + "`", raw)
 
 
 def week(raw: str) -> frozenset[int]:
@@ -165,7 +165,7 @@ def time_zone(name: str) -> tzinfo:
 SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
 # Of a field's path: as the API takes it, or else without a space around it, which would match
 # nothing, for ever.
-FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`\\](?:[^.`\\]*[^\s.`\\])?"
+FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
 FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
@@ -226,10 +226,8 @@ def parse_filter(triple: object) -> Filter:
     if op not in ("==", "!=") and (value is None or value != value):
         raise ValueError(f"null goes with == and != only, not with {op}")
     if not encodable(value):
-        limits = (
-            "whole numbers have at most 64 bits, text is Unicode, and values are nested at most"
-        )
-        raise ValueError(f"{quoted(value)} cannot be sent: {limits} {MAP_DEPTH} deep")
+        limits = f"at most 64 bits a number, text is Unicode, nested at most {MAP_DEPTH} deep"
+        raise ValueError(f"{quoted(value)} cannot be sent: {limits}")
     return api_field_path(name), op, value
 
 
