@@ -177,6 +177,7 @@ ACCEPTED = [
     ("QUEUE_COLLECTION_GROUP", "False", False),
     ("WAITING_FILTER", "[]", ()),
     ("BUSY_FILTER", '[["job-type.x", "==", 1]]', (("`job-type`.x", "==", 1),)),
+    ("BUSY_POD_FIELD", "a\\b", "`a\\\\b`"),
     ("BUSY_POD_FIELD", "_worker.2nd pod.`a.b`", "_worker.`2nd pod`.`a.b`"),
     ("MAX_REPLICAS", "2147483647", 2**31 - 1),
     ("MAX_REPLICAS", "1", 1),
