@@ -153,92 +153,65 @@ def test_rule(settings: Settings, seen: Inputs, replicas: int, reason: str) -> N
 
 
 # What each outcome says. Of a window or a cooldown: how long it lasts, and which variable sets it.
+# fmt: off
 SENTENCES = {
     "Paused": (SETTINGS, observed(2, paused="true"), "paused by annotation; stays at 2 pods"),
     "Paused until": (
-        SETTINGS,
-        observed(1, paused="true", paused_until="2026-01-01T01:00:00Z"),
-        "paused by annotation until 2026-01-01T01:00:00Z; stays at 1 pod",
-    ),
+        SETTINGS, observed(1, paused="true", paused_until="2026-01-01T01:00:00Z"),
+        "paused by annotation until 2026-01-01T01:00:00Z; stays at 1 pod"),
     "Paused with a number": (
-        SETTINGS,
-        observed(2, paused_replicas="5", paused_until="2026-01-01T01:00:00Z"),
+        SETTINGS, observed(2, paused_replicas="5", paused_until="2026-01-01T01:00:00Z"),
         "queue-scaler/paused-replicas orders 5 pods until 2026-01-01T01:00:00Z; scaled up from 2 "
-        "to 5 pods",
-    ),
+        "to 5 pods"),
     "ScaleDownDisabled until": (
-        CALM,
-        observed(3, paused_scale_in="true", paused_until="2026-01-01T01:00:00Z"),
+        CALM, observed(3, paused_scale_in="true", paused_until="2026-01-01T01:00:00Z"),
         "0 jobs waiting: 1 pod wanted, the minimum; stays at 3 pods, as scale-down is switched off "
-        "until 2026-01-01T01:00:00Z",
-    ),
+        "until 2026-01-01T01:00:00Z"),
     "ScaleUpDisabled": (
-        replace(CALM, scale_up_step="0"),
-        observed(1, 2),
-        "2 jobs waiting: 2 pods wanted; stays at 1 pod, as scale-up is switched off",
-    ),
+        replace(CALM, scale_up_step="0"), observed(1, 2),
+        "2 jobs waiting: 2 pods wanted; stays at 1 pod, as scale-up is switched off"),
     "ScalingDisabled": (
-        replace(SETTINGS, min_replicas=2),
-        observed(0),
+        replace(SETTINGS, min_replicas=2), observed(0),
         "somebody set 0 replicas although MIN_REPLICAS=2; stays at 0 pods, switched off until "
-        "somebody scales it to 1 or more",
-    ),
+        "somebody scales it to 1 or more"),
     "TooFewReplicas": (
-        replace(SETTINGS, min_replicas=2),
-        observed(1),
-        "1 pod where MIN_REPLICAS=2; scaled up from 1 to 2 pods",
-    ),
+        replace(SETTINGS, min_replicas=2), observed(1),
+        "1 pod where MIN_REPLICAS=2; scaled up from 1 to 2 pods"),
     "TooManyReplicas": (
-        SETTINGS,
-        observed(4),
-        "4 pods where MAX_REPLICAS=3; scaled down from 4 to 3 pods",
-    ),
+        SETTINGS, observed(4),
+        "4 pods where MAX_REPLICAS=3; scaled down from 4 to 3 pods"),
     "AtTarget": (
-        SETTINGS,
-        observed(2, 1, busy=1),
-        "1 job waiting, 1 busy: 2 pods wanted; stays at 2 pods",
-    ),
+        SETTINGS, observed(2, 1, busy=1),
+        "1 job waiting, 1 busy: 2 pods wanted; stays at 2 pods"),
     "ScaledUp": (
-        SETTINGS,
-        replace(observed(1), queue=QueueLength(1000, capped=True)),
-        "1000 or more jobs waiting: 3 pods wanted, the maximum; scaled up from 1 to 3 pods",
-    ),
+        SETTINGS, replace(observed(1), queue=QueueLength(1000, capped=True)),
+        "1000 or more jobs waiting: 3 pods wanted, the maximum; scaled up from 1 to 3 pods"),
     "ScaledDown": (
-        CALM,
-        observed(3),
-        "0 jobs waiting: 1 pod wanted, the minimum; scaled down from 3 to 1 pod",
-    ),
+        CALM, observed(3),
+        "0 jobs waiting: 1 pod wanted, the minimum; scaled down from 3 to 1 pod"),
     "ScaleDownStabilized": (
-        SETTINGS,
-        observed(3, 1, recommendations=looks((200, 3), (100, 1))),
+        SETTINGS, observed(3, 1, recommendations=looks((200, 3), (100, 1))),
         "1 job waiting: 1 pod wanted, the minimum; stays at 3 pods for 100 s more "
-        "(SCALE_DOWN_STABILIZATION_SECONDS=300)",
-    ),
+        "(SCALE_DOWN_STABILIZATION_SECONDS=300)"),
     "ScaleUpStabilized": (
         replace(SETTINGS, scale_up_stabilization_seconds=60),
         observed(1, 3, recommendations=looks((50, 0), (40, 1), (30, 3))),
         "3 jobs waiting: 3 pods wanted, the maximum; stays at 1 pod for 20 s more "
-        "(SCALE_UP_STABILIZATION_SECONDS=60)",
-    ),
+        "(SCALE_UP_STABILIZATION_SECONDS=60)"),
     "WorkersBusy": (
-        CALM,
-        observed(2, floor=2, because=", as removing one would cost a busy one"),
+        CALM, observed(2, floor=2, because=", as removing one would cost a busy one"),
         "0 jobs waiting: 1 pod wanted, the minimum; stays at 2 pods, as removing one would cost a "
-        "busy one",
-    ),
+        "busy one"),
     "ScaleUpCooldown": (
-        CALM,
-        observed(1, 2, **ago(60)),
+        CALM, observed(1, 2, **ago(60)),
         "2 jobs waiting: 2 pods wanted; stays at 1 pod for 60 s more "
-        "(SCALE_UP_COOLDOWN_SECONDS=120 since 2025-12-31T23:59:00Z)",
-    ),
+        "(SCALE_UP_COOLDOWN_SECONDS=120 since 2025-12-31T23:59:00Z)"),
     "ScaleDownCooldown": (
-        CALM,
-        observed(3, 2, **ago(100)),
+        CALM, observed(3, 2, **ago(100)),
         "2 jobs waiting: 2 pods wanted; stays at 3 pods for 200 s more "
-        "(SCALE_DOWN_COOLDOWN_SECONDS=300 since 2025-12-31T23:58:20Z)",
-    ),
+        "(SCALE_DOWN_COOLDOWN_SECONDS=300 since 2025-12-31T23:58:20Z)"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize(("name", "row"), SENTENCES.items(), ids=SENTENCES)
