@@ -119,7 +119,7 @@ class Mutations(libcst.CSTVisitor):
 def enter_a_copy(repository: Path, directory: str) -> None:
     """A copy of this worker's own, in which scaler.py is changed."""
     copy = Path(directory, str(os.getpid()))
-    ignored = shutil.ignore_patterns(".*", "__pycache__")
+    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__")
     shutil.copytree(repository, copy, ignore=ignored)
     os.chdir(copy)
     sys.path[:] = [str(copy) if entry == str(repository) else entry for entry in sys.path]
