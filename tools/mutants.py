@@ -184,6 +184,8 @@ def main() -> int:
             limit = 20 + 5 * int(time.monotonic() - started)
             asked = {pool.submit(passes, source, change, tests, limit): m for m, change in drawn}
             for number, answer in enumerate(as_completed(asked), 1):
+                if number % 100 == 0:
+                    print(f"{number}: {len(survivors)} survived", flush=True)
                 if answer.result():
                     survivors.append(asked[answer])
                     note = "" if chosen.whole or asked[answer] in known else " and is not explained"
