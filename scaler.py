@@ -1258,7 +1258,7 @@ def open_firestore(settings: Settings) -> Client:
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 NOT_ALLOWED = (
     "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has "
-    "to allow {verb} on {resource} (rbac.yaml), if no admission policy refused it (guardrails.yaml)"
+    "to allow {verb} on {resource} (rbac.yaml)"
 )
 # What an HTTP status means: the reason, the exit code (1: it gets better by itself, and is tried
 # again) and what to do. One that is not here counts as 400 or, from 500 on, as 500.
@@ -1523,6 +1523,10 @@ class Cluster:
         except (ValueError, TypeError, LookupError, RecursionError):  # perhaps a proxy's page
             message = quoted(response.data.decode(errors="replace"))
         said = f"the API server answered {status} while {doing}: {message}"
+        if " denied " in message:
+            advice = (
+                ""  # not the Role's: an admission policy, such as guardrails.yaml, or a webhook
+            )
         if known == 404:
             said = f"there is no Deployment {self.name} in namespace {self.namespace}"
         verbs = {"PATCH": "patch", "POST": "create", "GET": "list" if resource == "pods" else "get"}

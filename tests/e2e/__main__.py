@@ -10,9 +10,9 @@ import json
 import re
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,12 +36,9 @@ NAME = "eventstorming-generator"
 PROJECT = "demo-queue-scaler-e2e"
 EMULATOR = Path(__file__).parent / "firestore-emulator.yaml"
 RESTRICTED = {
-    "allowPrivilegeEscalation": False,
-    "capabilities": {"drop": ["ALL"]},
-    "runAsNonRoot": True,
-    "runAsUser": 65532,
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
+    "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True,
+    "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"},
+}  # fmt: skip
 WAIT_FOR_EVER = "import signal; signal.sigwait([signal.SIGTERM])"
 SEND = """\
 import sys, urllib.request
@@ -54,12 +51,8 @@ urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method)
 
 def idle_pod(image: str) -> dict[str, Any]:
     """A pod that does nothing, of the one image that the cluster is known to have."""
-    container = {
-        "name": "main",
-        "image": image,
-        "command": ["python", "-c", WAIT_FOR_EVER],
-        "securityContext": RESTRICTED,
-    }
+    command = ["python", "-c", WAIT_FOR_EVER]
+    container = {"name": "main", "image": image, "command": command, "securityContext": RESTRICTED}
     return {"containers": [container], "terminationGracePeriodSeconds": 1}
 
 
@@ -81,14 +74,11 @@ class Queue:
         self._send("DELETE", f"emulator/v1/projects/{PROJECT}/databases/(default)/documents", "")
 
     def _send(self, method: str, path: str, body: str) -> None:
-        url = f"http://{self.local or self.emulator}/{path}"
-        if self.local is None:
-            within = ("exec", "-n", self.namespace, "writer", "--", "python", "-c", SEND)
-            kubectl(*within, method, url, body)
-            return
-        headers = {"Authorization": "Bearer owner", "Content-Type": "application/json"}
-        request = urllib.request.Request(url, body.encode() or None, headers, method=method)
-        urllib.request.urlopen(request, timeout=20).close()
+        call = ["-c", SEND, method, f"http://{self.local or self.emulator}/{path}", body]
+        if self.local:
+            subprocess.run([sys.executable, *call], check=True)
+        else:
+            kubectl("exec", "-n", self.namespace, "writer", "--", "python", *call)
 
 
 @dataclass
@@ -97,7 +87,7 @@ class Site:
 
     namespace: str
     queue: Queue
-    runs: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     def kubectl(self, *arguments: str) -> str:
         return kubectl("-n", self.namespace, *arguments)
@@ -105,15 +95,8 @@ class Site:
     def read(self, *arguments: str) -> Any:
         return read("-n", self.namespace, *arguments)
 
-    def run(self) -> dict[str, Any]:
-        """One run by hand, to its end. Its result record, from the pod's termination message."""
-        job = f"manual-{secrets.token_hex(3)}"
-        self.kubectl("create", "job", "--from=cronjob/queue-scaler", job)
-        record = eventually(lambda: self.result(job), 90, f"the end of job {job}")
-        self.runs.append(record)
-        return record
-
     def result(self, job: str) -> dict[str, Any] | None:
+        """A run's result record, from its pod's termination message."""
         for pod in self.read("pods", "-l", f"batch.kubernetes.io/job-name={job}")["items"]:
             for status in pod["status"].get("containerStatuses") or []:
                 ended = (status.get("state") or {}).get("terminated")
@@ -121,16 +104,17 @@ class Site:
                     return dict(json.loads(ended.get("message") or "{}"))
         return None
 
-    def expect(self, *reasons: str) -> dict[str, Any]:
-        record = self.run()
-        assert record.get("reason") in reasons, f"expected {' or '.join(reasons)}, got {record}"
-        return record
+    def expect(self, reason: str) -> str:
+        """One run by hand, to its end. The message of its result record."""
+        job = f"manual-{secrets.token_hex(3)}"
+        self.kubectl("create", "job", "--from=cronjob/queue-scaler", job)
+        record = eventually(lambda: self.result(job), 90, f"the end of job {job}")
+        self.records.append(record)
+        assert record["reason"] == reason, f"expected {reason}, got {record}"
+        return str(record["message"])
 
     def deployment(self) -> Any:
         return self.read("deployment", NAME)
-
-    def replicas(self) -> int:
-        return int(self.deployment()["spec"]["replicas"])
 
     def annotate(self, word: str) -> None:
         """queue-scaler/WORD, such as `paused=true`, or `paused-` to remove it."""
@@ -146,23 +130,21 @@ class Site:
 
 def overlay(namespace: str, image: str, emulator: str) -> str:
     """The manifests as kustomize makes them for this namespace, image and queue."""
-    name, tag, digest = split_image(image)
     # The windows are off, so that nobody has to wait; the cooldowns are what is checked.
     more = {
         "FIRESTORE_EMULATOR_HOST": emulator,
         "FIRESTORE_PROJECT": PROJECT,
         "SCALE_DOWN_STABILIZATION_SECONDS": "0",
     }
-    env = "/spec/jobTemplate/spec/template/spec/containers/0/env/-"
-    patch = [
-        {"op": "add", "path": env, "value": {"name": variable, "value": value}}
-        for variable, value in more.items()
+    container = "/spec/jobTemplate/spec/template/spec/containers/0"
+    patch: list[Any] = [{"op": "replace", "path": f"{container}/image", "value": image}]
+    patch += [
+        {"op": "add", "path": f"{container}/env/-", "value": {"name": name, "value": value}}
+        for name, value in more.items()
     ]
-    chosen = {"name": "queue-scaler", "newName": name, "newTag": tag, "digest": digest}
     kustomization = {
         "resources": ["../base"],
         "namespace": namespace,
-        "images": [{key: value for key, value in chosen.items() if value}],
         "patches": [{"target": {"kind": "CronJob"}, "patch": json.dumps(patch)}],
     }
     with tempfile.TemporaryDirectory() as directory:
@@ -173,14 +155,6 @@ def overlay(namespace: str, image: str, emulator: str) -> str:
             shutil.copy(REPOSITORY / manifest, base)
         (over / "kustomization.yaml").write_text(json.dumps(kustomization))
         return kubectl("kustomize", str(over))
-
-
-def split_image(image: str) -> tuple[str, str, str]:
-    """Name, tag and digest, the latter two empty where there is none."""
-    name, _, digest = image.partition("@")
-    host, slash, last = name.rpartition("/")
-    last, _, tag = last.partition(":")
-    return host + slash + last, tag, digest
 
 
 @contextmanager
@@ -194,25 +168,15 @@ def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Si
             kubectl("-n", beside, "apply", "-f", str(EMULATOR))
             kubectl("-n", beside, "rollout", "status", "deployment/firestore", "--timeout=180s")
             emulator = f"firestore.{beside}.svc:8080"
-        labels = {"app": NAME}
-        worker = {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": NAME, "namespace": namespace},
-            "spec": {
-                "replicas": 1,
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": idle_pod(image)},
-            },
-        }
-        writer = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": "writer", "namespace": namespace},
-            "spec": idle_pod(image),
-        }
-        both = {"apiVersion": "v1", "kind": "List", "items": [worker, writer]}
-        kubectl("apply", "-f", "-", stdin=json.dumps(worker if documents else both))
+        labels, idle = {"app": NAME}, idle_pod(image)
+        template = {"metadata": {"labels": labels}, "spec": idle}
+        selected = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
+        worker = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": NAME},
+                  "spec": selected}  # fmt: skip
+        writer = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "writer"}, "spec": idle}
+        items = [worker] if documents else [worker, writer]
+        both = {"apiVersion": "v1", "kind": "List", "items": items}
+        kubectl("-n", namespace, "apply", "-f", "-", stdin=json.dumps(both))
         here = Site(namespace, Queue(namespace, emulator, documents))
         here.kubectl("rollout", "status", f"deployment/{NAME}", "--timeout=180s")
         if not documents:
@@ -225,27 +189,9 @@ def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Si
             here.queue.clear()
 
 
-def check_site(checks: Checks, here: Site) -> None:
-    """In this order, as one thing leads to the next."""
-    steps = [
-        ("a run comes by the schedule, on a namespace of the restricted standard", scheduled),
-        ("a run by hand: kubectl create job --from=cronjob/queue-scaler", by_hand),
-        ("logs: kubectl logs -l app=queue-scaler | grep AutoScaler", logs),
-        ("scale-up: 5 waiting jobs make 3 pods", scale_up),
-        ("event: kubectl describe deployment shows it", event),
-        ("a second run writes nothing", nothing_to_do),
-        ("cooldown: the empty queue changes nothing yet", cooldown),
-        ("pause: queue-scaler/paused=true", pause),
-        ("resume: queue-scaler/paused-", resume),
-        ("cooldown reset by annotation: a scale-down, and the busy pod stays", scale_down),
-        ("history: the README's table", history),
-        ("guardrails: kubectl set image --as the scaler is refused", refusal),
-    ]
-    for name, step in steps:
-        checks.that(name, partial(step, here))
-
-
 def scheduled(here: Site) -> str:
+    """a run comes by the schedule, on a namespace of the restricted standard"""
+
     def ended() -> str:
         """What a run says that nobody started by hand: none has been yet."""
         jobs = [job["metadata"]["name"] for job in here.read("jobs")["items"]]
@@ -259,10 +205,12 @@ def scheduled(here: Site) -> str:
 
 
 def by_hand(here: Site) -> str:
-    return str(here.expect("AtTarget")["message"])
+    """a run by hand: kubectl create job --from=cronjob/queue-scaler"""
+    return here.expect("AtTarget")
 
 
 def logs(here: Site) -> str:
+    """logs: kubectl logs -l app=queue-scaler | grep AutoScaler"""
     lines = here.kubectl("logs", "-l", "app=queue-scaler").splitlines()
     found = [line for line in lines if "AutoScaler" in line]
     assert found, f"no line with AutoScaler in {lines}"
@@ -270,14 +218,16 @@ def logs(here: Site) -> str:
 
 
 def scale_up(here: Site) -> str:
+    """scale-up: 5 waiting jobs make 3 pods"""
     for number in range(5):
         here.queue.put(f"waiting-{number}", status="waiting")
-    record = here.expect("ScaledUp")
-    assert here.replicas() == 3, f"{here.replicas()} replicas"
-    return str(record["message"])
+    message = here.expect("ScaledUp")
+    assert here.deployment()["spec"]["replicas"] == 3, message
+    return message
 
 
 def event(here: Site) -> str:
+    """event: kubectl describe deployment shows it"""
     told = here.kubectl("describe", "deployment", NAME)
     found = re.search(r"SuccessfulRescale.*New size: 3.*", told)
     assert found, told
@@ -285,53 +235,70 @@ def event(here: Site) -> str:
 
 
 def nothing_to_do(here: Site) -> str:
-    before = here.deployment()
-    record = here.expect("AtTarget")
-    after = here.deployment()
-    assert before["metadata"]["generation"] == after["metadata"]["generation"]
-    assert before["metadata"]["annotations"] == after["metadata"]["annotations"]
-    return str(record["message"])
+    """a second run writes nothing"""
+    before = here.deployment()["metadata"]
+    message = here.expect("AtTarget")
+    after = here.deployment()["metadata"]
+    for unchanged in ("generation", "annotations"):
+        assert before[unchanged] == after[unchanged]
+    return message
 
 
 def cooldown(here: Site) -> str:
+    """cooldown: the empty queue changes nothing yet"""
     here.kubectl("rollout", "status", f"deployment/{NAME}", "--timeout=120s")
     here.queue.clear()
     # The newest is the one that a scale-down would take first.
     here.queue.put("busy", status="processing", assignedPodId=here.worker_pods()[-1])
-    return str(here.expect("ScaleDownCooldown")["message"])
+    return here.expect("ScaleDownCooldown")
 
 
 def pause(here: Site) -> str:
+    """pause: queue-scaler/paused=true"""
     here.annotate("paused=true")
-    return str(here.expect("Paused")["message"])
+    return here.expect("Paused")
 
 
 def resume(here: Site) -> str:
+    """resume: queue-scaler/paused-"""
     here.annotate("paused-")
-    return str(here.expect("ScaleDownCooldown")["message"])
+    return here.expect("ScaleDownCooldown")
 
 
 def scale_down(here: Site) -> str:
+    """cooldown reset by annotation: a scale-down, and the busy pod stays"""
     busy = here.worker_pods()[-1]
     here.annotate("last-scale-time-")
-    record = here.expect("ScaledDown")
+    message = here.expect("ScaledDown")
     eventually(lambda: len(here.worker_pods()) == 1, 60, "one pod")
     assert here.worker_pods() == [busy], f"{busy} was busy, {here.worker_pods()} is left"
-    return str(record["message"])
+    return message
 
 
 def history(here: Site) -> str:
+    """history: the table of docs/operations.md"""
     page = (REPOSITORY / "docs/operations.md").read_text()
     command = re.search(r"kubectl (get pods -l app=queue-scaler.*)-o jsonpath='(.*?)'", page)
     assert command, "docs/operations.md has no such command"
     rows = here.kubectl(*command[1].split(), "-o", f"jsonpath={command[2]}").splitlines()
-    told = [run["message"] for run in here.runs]
+    told = [record["message"] for record in here.records]
     missing = [message for message in told if not any(message in row for row in rows)]
     assert not missing, f"{missing} not in {rows}"
     return f"{len(rows)} runs"
 
 
+def polling(here: Site) -> str:
+    """polling: one run looks every 2 seconds for 9"""
+    often = ("POLLING_INTERVAL_SECONDS=2", "TIMEOUT_SECONDS=9")
+    here.kubectl("set", "env", "cronjob/queue-scaler", *often)
+    here.expect("AtTarget")
+    looks = here.records[-1]["looks"]
+    assert 3 <= looks <= 5, f"{looks} looks"
+    return f"{looks} looks"
+
+
 def refusal(here: Site) -> str:
+    """guardrails: kubectl set image --as the scaler is refused"""
     account = f"--as=system:serviceaccount:{here.namespace}:queue-scaler"
     try:
         here.kubectl("set", "image", "deployment", NAME, "*=example.com/evil", account)
@@ -339,6 +306,11 @@ def refusal(here: Site) -> str:
         assert "ValidatingAdmissionPolicy" in str(error), error
         return str(error).rsplit("denied request: ", 1)[-1]
     raise AssertionError("it was allowed")
+
+
+# In this order, as one thing leads to the next.
+STEPS = [scheduled, by_hand, logs, scale_up, event, nothing_to_do, cooldown, pause, resume,
+         scale_down, polling, history, refusal]  # fmt: skip
 
 
 OPTIONS = {
@@ -362,7 +334,8 @@ def main() -> int:
         print("note  no --image: the checks that need pods are left out")
         return checks.end()
     with site(options.image, options.emulator, options.documents) as here:
-        check_site(checks, here)
+        for step in STEPS:
+            checks.that(str(step.__doc__), partial(step, here))
     return checks.end()
 
 

@@ -4,8 +4,8 @@
 
 Installs rbac.yaml and guardrails.yaml in scratch namespaces of the current context's cluster and,
 as the scaler's service account (kubectl --as), first does all that the scaler ever does, which has
-to be allowed, then everything in ACTS, which has to be refused and to change nothing. No pod has
-to run for it, so a control plane without nodes is enough.
+to be allowed, then all of `acts`, which has to be refused and to change nothing. No pod has to run
+for it, so a control plane without nodes is enough.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from tests.e2e.kubectl import (
     type_warnings,
 )
 
+Object = dict[str, Any]
+
 NAME = "eventstorming-generator"  # the Deployment of rbac.yaml
 OTHER = "bystander"
 MINE = "queue-scaler/"
@@ -42,8 +44,9 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 FOREIGN = {"example.com/owner": "team-a", "example.com/note": "hands off"}
 BOUND = 20  # of guardrails.yaml
 MANAGER = "?fieldManager=queue-scaler"
-LONGEST_HISTORY = " ".join(f"{1767225600 + n}:2147483647" for n in range(3601))
-SELF = "system:serviceaccount:{}:queue-scaler"
+SELF = "system:serviceaccount:{}:{}"
+WHEN = "2026-01-01T00:00:00Z"
+OWNER = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
 
 
 @dataclass(frozen=True)
@@ -58,73 +61,57 @@ class Act:
     path: str
     body: Any = None
 
+    def sent(self, old: Object) -> Any:
+        return self.body(old) if callable(self.body) else self.body
 
-def pod_spec(**more: Any) -> dict[str, Any]:
+
+def history(now: int) -> str:
+    """The longest that the scaler writes: windows of an hour, a look every second."""
+    return " ".join(f"{now - age}:2147483647" for age in reversed(range(3600)))
+
+
+def pod_spec(**more: Any) -> Object:
     """A pod that no scheduler takes, so that nothing but the checks touches it."""
-    container = {"name": "main", "image": "registry.k8s.io/pause:3.10"}
     toleration = {"key": "example.com/old", "operator": "Exists"}
-    return {
-        "schedulerName": "nobody", "containers": [container], "tolerations": [toleration], **more,
-    }  # fmt: skip
+    return {"schedulerName": "nobody", **container(), "tolerations": [toleration], **more}
 
 
-def deployment(name: str) -> dict[str, Any]:
+def container(**changes: Any) -> Object:
+    """The one container, as a merge patch has to give it: whole."""
+    return {"containers": [{"name": "main", "image": "registry.k8s.io/pause:3.10", **changes}]}
+
+
+def thing(kind: str, name: str = "new", api: str = "v1", **more: Any) -> Object:
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": name}, **more}
+
+
+def deployment(name: str) -> Object:
     labels = {"app": name}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {
-            "name": name,
-            "labels": {"app": name, "team": "a"},
-            "annotations": {**FOREIGN, MINE + "paused-scale-in": "false"},
-        },
-        "spec": {
-            "replicas": 2,
-            "selector": {"matchLabels": labels},
-            "template": {
-                "metadata": {"labels": labels, "annotations": FOREIGN},
-                "spec": pod_spec(),
-            },
-        },
-    }
+    template = {"metadata": {"labels": labels, "annotations": FOREIGN}, "spec": pod_spec()}
+    spec = {"replicas": 2, "selector": {"matchLabels": labels}, "template": template}
+    made = thing("Deployment", name, "apps/v1", spec=spec)
+    annotations = {MINE + "paused-scale-in": "false", MINE + "of-an-older-version": "x", **FOREIGN}
+    made["metadata"] |= {"labels": {**labels, "team": "a"}, "annotations": annotations}
+    return made
 
 
-def bystanders() -> dict[str, Any]:
+def bystanders() -> Object:
     """What lies about in a namespace: the Deployment, another one, a pod, a Secret, a ConfigMap."""
-    return {
-        "apiVersion": "v1",
-        "kind": "List",
-        "items": [
-            deployment(NAME),
-            deployment(OTHER),
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": OTHER, "annotations": FOREIGN, "labels": {"run": OTHER}},
-                "spec": pod_spec(),
-            },
-            *(
-                {"apiVersion": "v1", "kind": kind, "metadata": {"name": OTHER}}
-                for kind in ("Secret", "ConfigMap")
-            ),
-        ],
-    }
+    pod = thing("Pod", OTHER, spec=pod_spec())
+    pod["metadata"] |= {"annotations": FOREIGN, "labels": {"run": OTHER}}
+    items = [deployment(NAME), deployment(OTHER), pod, thing("Secret", OTHER)]
+    return {"apiVersion": "v1", "kind": "List", "items": [*items, thing("ConfigMap", OTHER)]}
 
 
-def event(namespace: str, **changes: Any) -> dict[str, Any]:
+def event(namespace: str, **changes: Any) -> Object:
     """An Event as the scaler writes it, but for `changes`; None leaves a field out."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    about = {"apiVersion": "apps/v1", "kind": "Deployment", "name": NAME, "namespace": namespace}
     whole = {
         "apiVersion": "v1",
         "kind": "Event",
         "metadata": {"name": f"{NAME}.{secrets.token_hex(8)}", "namespace": namespace},
-        "involvedObject": {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "name": NAME,
-            "namespace": namespace,
-            "uid": "1-2-3",
-        },
+        "involvedObject": {**about, "uid": "1-2-3"},
         "type": "Normal",
         "reason": "SuccessfulRescale",
         "message": "New size: 3; end-to-end check",
@@ -145,162 +132,164 @@ def paths(namespace: str) -> tuple[str, str, str]:
     return f"/apis/apps/v1{end}/deployments", f"/api/v1{end}", f"/apis/batch/v1{end}"
 
 
+def annotate(**values: str | None) -> Object:
+    return {"metadata": {"annotations": values}}
+
+
 def life(namespace: str, pod: str) -> Iterator[Act]:
     """All that the scaler ever asks of the API server, in the forms in which it does."""
     deployments, core, _ = paths(namespace)
-    mine, manager = f"{deployments}/{NAME}", MANAGER
+    mine = f"{deployments}/{NAME}"
 
     def patch(what: str, replicas: int | None, **annotations: str | None) -> Act:
-        named = {MINE + name.replace("_", "-"): value for name, value in annotations.items()}
-        body: dict[str, Any] = {"metadata": {"annotations": named}}
+        body = annotate(**{MINE + name.replace("_", "-"): v for name, v in annotations.items()})
         if replicas is not None:
             body["spec"] = {"replicas": replicas}
-        return Act(what, "PATCH", mine + manager, body)
+        return Act(what, "PATCH", mine + MANAGER, body)
 
     def mark(what: str, cost: str) -> Act:
-        body = {"metadata": {"annotations": {COST: cost}}}
-        return Act(what, "PATCH", f"{core}/pods/{pod}{manager}", body)
+        return Act(what, "PATCH", f"{core}/pods/{pod}{MANAGER}", annotate(**{COST: cost}))
 
-    when = "2026-01-01T00:00:00Z"
     yield Act("read the Deployment", "GET", mine)
     yield Act("list its pods", "GET", f"{core}/pods?labelSelector=app%3D{NAME}&limit=500")
-    yield patch("scale up", 3, last_scale="up 2->3", last_scale_time=when)
-    yield Act("write the Event of it", "POST", f"{core}/events{manager}", event(namespace))
+    yield patch("scale up", 3, last_scale="up 2->3", last_scale_time=WHEN)
+    yield Act("write the Event of it", "POST", f"{core}/events{MANAGER}", event(namespace))
     yield patch("remember a recommendation", None, recommendations="1767225600:3")
-    yield patch("remember the longest history", None, recommendations=LONGEST_HISTORY)
-    yield patch("remember that the queue fails", None, queue_failing_since=when)
-    yield patch("scale to the bound", BOUND, last_scale=f"up 3->{BOUND}", last_scale_time=when)
+    yield patch("remember the longest history", None, recommendations=history(1767229200))
+    yield patch("remember that the queue fails", None, queue_failing_since=WHEN)
+    yield patch("scale to the bound", BOUND, last_scale=f"up 3->{BOUND}", last_scale_time=WHEN)
     yield mark("mark a pod as busy", "2147483647")
     yield mark("mark a pod as idle", "0")
     down = {"last_scale": f"down {BOUND}->0", "last_scale_time": "2026-01-01T00:10:00Z"}
     yield patch("scale to zero", 0, recommendations=None, queue_failing_since=None, **down)
-    yield patch("scale up from zero", 2, last_scale="up 0->2", last_scale_time=when)
+    yield patch("scale up from zero", 2, last_scale="up 0->2", last_scale_time=WHEN)
+    yield patch("remove what an older version left", None, of_an_older_version=None)
 
 
-def template(**spec: Any) -> dict[str, Any]:
-    return {"spec": {"template": {"spec": spec}}}
+def forged(change: Callable[[Object], Any]) -> Callable[[Any], Object]:
+    """A patch that changes the entry of whoever made the Deployment or the pod."""
 
-
-def annotate(**values: str | None) -> dict[str, Any]:
-    return {"metadata": {"annotations": values}}
-
-
-def container(**changes: Any) -> dict[str, Any]:
-    """The one container, as a merge patch has to give it: whole."""
-    return {"containers": [{"name": "main", "image": "registry.k8s.io/pause:3.10", **changes}]}
-
-
-def forged(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], dict[str, Any]]:
-    """A patch that changes the entry of whoever made the Deployment."""
-
-    def body(old: Any) -> dict[str, Any]:
+    def body(old: Any) -> Object:
         entries = copy.deepcopy(old["metadata"]["managedFields"])
-        change(next(e for e in entries if "f:template" in e["fieldsV1"].get("f:spec", {})))
+        made = {"f:template", "f:containers"}
+        change(next(e for e in entries if made & {*e["fieldsV1"].get("f:spec", {})}))
         return {"metadata": {"managedFields": entries}}
 
     return body
 
 
+def take(*path: str, **fields: Any) -> Callable[[Object], Any]:
+    """Put fields into an entry, under a path."""
+
+    def change(entry: Object) -> None:
+        node = entry["fieldsV1"]
+        for key in path:
+            node = node.setdefault(key, {})
+        node.update(fields)
+
+    return change
+
+
+def with_own_entry(old: Any) -> Object:
+    entry = {"manager": "queue-scaler", "operation": "Update",
+             "apiVersion": old["apiVersion"], "fieldsType": "FieldsV1", "time": WHEN,
+             "fieldsV1": {"f:spec": {"f:template": {}, "f:strategy": {}}}}  # fmt: skip
+    return {"metadata": {"managedFields": [*old["metadata"]["managedFields"], entry]}}
+
+
+def template(**spec: Any) -> Object:
+    return {"spec": {"template": {"spec": spec}}}
+
+
+# What is refused of a Deployment and of a pod alike.
+ALIKE: dict[str, Any] = {
+    "add a label": {"metadata": {"labels": {"a": "b"}}},
+    "remove a label": {"metadata": {"labels": {"app": None}}},
+    "add a finalizer": {"metadata": {"finalizers": ["example.com/stay"]}},
+    "add an owner": {"metadata": {"ownerReferences": [OWNER]}},
+    "clear the record of who set what": {"metadata": {"managedFields": [{}]}},
+    "add a foreign annotation": annotate(**{"example.com/new": "x"}),
+    "change a foreign annotation": annotate(**{"example.com/note": "x"}),
+    "remove a foreign annotation": annotate(**{"example.com/note": None}),
+    "remove all annotations": {"metadata": {"annotations": None}},
+}
+SECOND = {"name": "second", "image": "example.com/evil"}
+# fmt: off
+TO_A_DEPLOYMENT: dict[str, Any] = {
+    **ALIKE,
+    "change the image": template(**container(image="example.com/evil")),
+    "change the command": template(**container(command=["sh"])),
+    "add a variable": template(**container(env=[{"name": "A", "value": "b"}])),
+    "add a capability":
+        template(**container(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}})),
+    "add a container": template(containers=[*container()["containers"], SECOND]),
+    "add an init container": template(initContainers=[SECOND]),
+    "change the pods' service account": template(serviceAccountName="default"),
+    "use the host's network": template(hostNetwork=True),
+    "mount the host's files": template(volumes=[{"name": "host", "hostPath": {"path": "/"}}]),
+    "choose the node": template(nodeName="node-1"),
+    "change the pods' grace period": template(terminationGracePeriodSeconds=0),
+    "label the pods": {"spec": {"template": {"metadata": {"labels": {"a": "b"}}}}},
+    "restart the pods":
+        {"spec": {"template": {"metadata": {"annotations": {"example.com/restarted": "now"}}}}},
+    "pause the rollout": {"spec": {"paused": True}},
+    "change the strategy": {"spec": {"strategy": {"type": "Recreate", "rollingUpdate": None}}},
+    "change minReadySeconds": {"spec": {"minReadySeconds": 60}},
+    "forget old revisions": {"spec": {"revisionHistoryLimit": 0}},
+    "change the progress deadline": {"spec": {"progressDeadlineSeconds": 1200}},
+    "set more replicas than the bound": {"spec": {"replicas": BOUND + 1}},
+    "change a label": {"metadata": {"labels": {"team": "b"}}},
+    "forge others' records: more of the spec": forged(take("f:spec", **{"f:strategy": {}})),
+    "forge others' records: a pause": forged(take(
+        "f:metadata", "f:annotations",
+        **{"f:queue-scaler/paused-scale-in": {}, "f:example.com/x": {}})),
+    "forge others' records: drop what they own":
+        forged(lambda entry: entry["fieldsV1"]["f:spec"].pop("f:template", None)),
+    "forge others' records: a new manager": forged(lambda entry: entry.update(manager="ci")),
+    "forge others' records: an apply": forged(lambda entry: entry.update(operation="Apply")),
+    "forge a record of its own": with_own_entry,
+    "fill an annotation under its prefix": annotate(**{MINE + "junk": "x" * 250_000}),
+    "add an annotation under its prefix": annotate(**{MINE + "new": "x"}),
+    "change an annotation under its prefix": annotate(**{MINE + "of-an-older-version": "y"}),
+    "fill the history": annotate(**{MINE + "recommendations": "1" * 80_001}),
+    "fill the time of the last scale": annotate(**{MINE + "last-scale-time": "1" * 65}),
+    "fill the last scale": annotate(**{MINE + "last-scale": "1" * 65}),
+    "fill the time of a failure": annotate(**{MINE + "queue-failing-since": "1" * 65}),
+    "write a history that is not in ASCII": annotate(**{MINE + "recommendations": "\u00e9"}),
+    "end a person's pause": annotate(**{MINE + "paused-until": WHEN}),
+    "add one of kubectl's": annotate(**{"kubectl.kubernetes.io/last-applied-configuration": "{}"}),
+    "add one whose name only begins like ours": annotate(**{"queue-scaler.io/a": "x"}),
+    "pause itself": annotate(**{MINE + "paused": "true"}),
+    "order replicas": annotate(**{MINE + "paused-replicas": "9"}),
+    "switch scale-up off": annotate(**{MINE + "paused-scale-out": "true"}),
+    "change a person's pause": annotate(**{MINE + "paused-scale-in": "true"}),
+    "remove a person's pause": annotate(**{MINE + "paused-scale-in": None}),
+    "hide a change behind a scale": {
+        "metadata": {"annotations": {MINE + "last-scale": "up 2->3"}, "labels": {"team": "b"}},
+        "spec": {"replicas": 3}},
+}
+TO_A_POD: dict[str, Any] = {
+    **ALIKE,
+    "change the image":
+        [{"op": "replace", "path": "/spec/containers/0/image", "value": "example.com/evil"}],
+    "end it soon": {"spec": {"activeDeadlineSeconds": 1}},
+    "tolerate a taint": [{"op": "add", "path": "/spec/tolerations/-",
+                          "value": {"key": "example.com/new", "operator": "Exists"}}],
+    "add an annotation of the Deployment's": annotate(**{MINE + "last-scale": "x"}),
+    "forge others' records": forged(lambda entry: entry.update(manager="ci")),
+    "forge a record of its own": with_own_entry,
+    "hide a change behind a mark": annotate(**{COST: "0", "example.com/note": "x"}),
+}
+# fmt: on
+
+
 def deployment_acts(namespace: str) -> Iterator[Act]:
     """Patches of the account's own Deployment, which RBAC would allow."""
-    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
-    host = {"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}
-    rolling = {"strategy": {"type": "Recreate", "rollingUpdate": None}}
-    patches: dict[str, Any] = {
-        "change the image": template(**container(image="example.com/evil")),
-        "change the command": template(**container(command=["sh"])),
-        "add a variable": template(**container(env=[{"name": "A", "value": "b"}])),
-        "add a capability": template(
-            **container(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}})
-        ),
-        "add a container": template(
-            containers=[*container()["containers"], {"name": "second", "image": "example.com/evil"}]
-        ),
-        "add an init container": template(initContainers=[{"name": "i", "image": "example.com/e"}]),
-        "change the pods' service account": template(serviceAccountName="default"),
-        "use the host's network": template(hostNetwork=True),
-        "mount the host's files": template(**host),
-        "choose the node": template(nodeName="node-1"),
-        "change the pods' grace period": template(terminationGracePeriodSeconds=0),
-        "label the pods": {"spec": {"template": {"metadata": {"labels": {"a": "b"}}}}},
-        "restart the pods": {
-            "spec": {"template": {"metadata": {"annotations": {"example.com/restarted": "now"}}}}
-        },
-        "pause the rollout": {"spec": {"paused": True}},
-        "change the strategy": {"spec": rolling},
-        "change minReadySeconds": {"spec": {"minReadySeconds": 60}},
-        "forget old revisions": {"spec": {"revisionHistoryLimit": 0}},
-        "change the progress deadline": {"spec": {"progressDeadlineSeconds": 1200}},
-        "set more replicas than the bound": {"spec": {"replicas": BOUND + 1}},
-        "add a label": {"metadata": {"labels": {"a": "b"}}},
-        "change a label": {"metadata": {"labels": {"team": "b"}}},
-        "remove a label": {"metadata": {"labels": {"team": None}}},
-        "add a finalizer": {"metadata": {"finalizers": ["example.com/stay"]}},
-        "add an owner": {"metadata": {"ownerReferences": [owner]}},
-        "clear the record of who set what": {"metadata": {"managedFields": [{}]}},
-        "forge others' records: take a container into them": forged(
-            lambda entry: entry["fieldsV1"].setdefault("f:spec", {}).update({"f:strategy": {}})
-        ),
-        "forge others' records: a pause": forged(
-            lambda entry: (
-                entry["fieldsV1"]
-                .setdefault("f:metadata", {})
-                .setdefault("f:annotations", {})
-                .update({"f:queue-scaler/paused-scale-in": {}, "f:example.com/x": {}})
-            )
-        ),
-        "forge others' records: drop what they own": forged(
-            lambda entry: entry["fieldsV1"]["f:spec"].pop("f:template", None)
-        ),
-        "forge others' records: a new manager": forged(lambda entry: entry.update(manager="ci")),
-        "forge others' records: an apply": forged(lambda entry: entry.update(operation="Apply")),
-        "forge a record of its own": lambda old: {
-            "metadata": {
-                "managedFields": [
-                    *old["metadata"]["managedFields"],
-                    {
-                        "manager": "queue-scaler",
-                        "operation": "Update",
-                        "apiVersion": "apps/v1",
-                        "fieldsType": "FieldsV1",
-                        "time": "2026-01-01T00:00:00Z",
-                        "fieldsV1": {"f:spec": {"f:template": {}, "f:strategy": {}}},
-                    },
-                ]
-            }
-        },
-        "fill an annotation under its prefix": annotate(**{MINE + "junk": "x" * 250_000}),
-        "add an annotation under its prefix": annotate(**{MINE + "new": "x"}),
-        "fill the history": annotate(**{MINE + "recommendations": "1" * 80_001}),
-        "fill the time of the last scale": annotate(**{MINE + "last-scale-time": "1" * 65}),
-        "fill the last scale": annotate(**{MINE + "last-scale": "1" * 65}),
-        "fill the time of a failure": annotate(**{MINE + "queue-failing-since": "1" * 65}),
-        "write a history that is not in ASCII": annotate(**{MINE + "recommendations": "\u00e9"}),
-        "end a person's pause": annotate(**{MINE + "paused-until": "2026-01-01T00:00:00Z"}),
-        "add a foreign annotation": annotate(**{"example.com/new": "x"}),
-        "add one of kubectl's": annotate(
-            **{"kubectl.kubernetes.io/last-applied-configuration": "{}"}
-        ),
-        "add one whose name only begins like ours": annotate(**{"queue-scaler.io/a": "x"}),
-        "change a foreign annotation": annotate(**{"example.com/note": "x"}),
-        "remove a foreign annotation": annotate(**{"example.com/note": None}),
-        "remove all annotations": {"metadata": {"annotations": None}},
-        "pause itself": annotate(**{MINE + "paused": "true"}),
-        "order replicas": annotate(**{MINE + "paused-replicas": "9"}),
-        "switch scale-up off": annotate(**{MINE + "paused-scale-out": "true"}),
-        "change a person's pause": annotate(**{MINE + "paused-scale-in": "true"}),
-        "remove a person's pause": annotate(**{MINE + "paused-scale-in": None}),
-        "hide a change behind a scale": {
-            "metadata": {"annotations": {MINE + "last-scale": "up 2->3"}, "labels": {"team": "b"}},
-            "spec": {"replicas": 3},
-        },
-    }
     path = f"{paths(namespace)[0]}/{NAME}"
-    yield Act("Deployment: scale in CI's name", "PATCH", f"{path}?fieldManager=ci",
-              {"spec": {"replicas": 3}})  # fmt: skip
-    path += MANAGER
-    for what, body in patches.items():
-        yield Act(f"Deployment: {what}", "PATCH", path, body)
+    scale = {"spec": {"replicas": 3}}
+    yield Act("Deployment: scale in CI's name", "PATCH", f"{path}?fieldManager=ci", scale)
+    for what, body in TO_A_DEPLOYMENT.items():
+        yield Act(f"Deployment: {what}", "PATCH", path + MANAGER, body)
 
 
 def other_deployment_acts(namespace: str) -> Iterator[Act]:
@@ -325,34 +314,13 @@ def pod_acts(namespace: str, name: str) -> Iterator[Act]:
     """Patches of a pod of the account's own Deployment, and all else that is done to pods."""
     _, core, _ = paths(namespace)
     pods, pod = f"{core}/pods", f"{core}/pods/{name}"
-    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
-    debug = {"name": "debug", "image": "example.com/evil"}
-    toleration = {"key": "example.com/new", "operator": "Exists"}
-    image = {"op": "replace", "path": "/spec/containers/0/image", "value": "example.com/evil"}
-    patches: dict[str, Any] = {
-        "change the image": [image],
-        "end it soon": {"spec": {"activeDeadlineSeconds": 1}},
-        "tolerate a taint": [{"op": "add", "path": "/spec/tolerations/-", "value": toleration}],
-        "add a label": {"metadata": {"labels": {"a": "b"}}},
-        "remove a label": {"metadata": {"labels": {"app": None}}},
-        "add a finalizer": {"metadata": {"finalizers": ["example.com/stay"]}},
-        "add an owner": {"metadata": {"ownerReferences": [owner]}},
-        "clear the record of who set what": {"metadata": {"managedFields": [{}]}},
-        "add an annotation of the Deployment's": annotate(**{MINE + "last-scale": "x"}),
-        "add a foreign annotation": annotate(**{"example.com/new": "x"}),
-        "change a foreign annotation": annotate(**{"example.com/note": "x"}),
-        "remove a foreign annotation": annotate(**{"example.com/note": None}),
-        "hide a change behind a mark": annotate(**{COST: "0", "example.com/note": "x"}),
-    }
-    for what, body in patches.items():
+    for what, body in TO_A_POD.items():
         yield Act(f"pod: {what}", "PATCH", pod + MANAGER, body)
-    ephemeral = {"spec": {"ephemeralContainers": [debug]}}
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
+    ephemeral = {"spec": {"ephemeralContainers": [SECOND]}}
     node = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
-    binding = {
-        "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": node,
-    }  # fmt: skip
-    new = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "new"}, "spec": pod_spec()}
+    eviction, new = thing("Eviction", name, "policy/v1"), thing("Pod", spec=pod_spec())
+    binding = thing("Binding", name, target=node)
+    mark = annotate(**{COST: "-9"})
     yield Act("pod: read", "GET", pod)
     yield Act("pods: watch", "GET", f"{pods}?watch=true")
     yield Act("pod: read its log", "GET", f"{pod}/log")
@@ -365,10 +333,8 @@ def pod_acts(namespace: str, name: str) -> Iterator[Act]:
     yield Act("pod: evict", "POST", f"{pod}/eviction", eviction)
     yield Act("pod: bind to a node", "POST", f"{pod}/binding", binding)
     yield Act("pod: bind to a node, the old way", "POST", f"{core}/bindings", binding)
-    yield Act("pod: replace", "PUT", pod, {**new, "metadata": {"name": name}})
-    yield Act(
-        "a pod of nobody's: mark", "PATCH", f"{pods}/{OTHER}{MANAGER}", annotate(**{COST: "-9"})
-    )
+    yield Act("pod: replace", "PUT", pod, thing("Pod", name, spec=pod_spec()))
+    yield Act("a pod of nobody's: mark", "PATCH", f"{pods}/{OTHER}{MANAGER}", mark)
     yield Act("pod: delete", "DELETE", pod)
     yield Act("pods: delete all", "DELETE", pods)
     yield Act("pods: create", "POST", pods, new)
@@ -379,14 +345,14 @@ def event_acts(namespace: str) -> Iterator[Act]:
     events = f"{core}/events"
     good = event(namespace)
     about, named = good["involvedObject"], good["metadata"]
-    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OTHER, "uid": "1-2-3"}
-    later = {"firstTimestamp": "2099-01-01T00:00:00Z", "lastTimestamp": "2099-01-01T00:00:00Z"}
-    earlier = dict.fromkeys(later, "2020-01-01T00:00:00Z")
-    wrong: dict[str, dict[str, Any]] = {
+    both, micro = ("firstTimestamp", "lastTimestamp"), "2026-01-01T00:00:00.000000Z"
+    wrong: dict[str, Object] = {
         "about a pod": {"involvedObject": {**about, "apiVersion": "v1", "kind": "Pod"}},
         "about another Deployment": {"involvedObject": {**about, "name": OTHER}},
         "about no Deployment": {"involvedObject": {**about, "name": "nobody"}},
         "about another API": {"involvedObject": {**about, "apiVersion": "evil/v9"}},
+        "about another kind": {"involvedObject": {**about, "kind": "StatefulSet"}},
+        "about a long uid": {"involvedObject": {**about, "uid": "x" * 65}},
         "about a field": {"involvedObject": {**about, "fieldPath": "spec"}},
         "with another reason": {"reason": "Killing"},
         "of the type Warning": {"type": "Warning"},
@@ -395,28 +361,27 @@ def event_acts(namespace: str) -> Iterator[Act]:
         "reported by the kubelet": {"reportingComponent": "kubelet"},
         "reported by an instance of the kubelet": {"reportingInstance": "kubelet, node1"},
         "with a long message": {"message": "x" * 1025},
-        "of the year 2099": later,
-        "of long ago": earlier,
-        "of two times": {"firstTimestamp": "2020-01-01T00:00:00Z"},
+        "of the year 2099": dict.fromkeys(both, "2099-01-01T00:00:00Z"),
+        "of long ago": dict.fromkeys(both, "2020-01-01T00:00:00Z"),
+        "of two times": {"lastTimestamp": "2099-01-01T00:00:00Z"},
         "a thousand times": {"count": 1000},
         "with a finalizer": {"metadata": {**named, "finalizers": ["example.com/stay"]}},
-        "with an owner": {"metadata": {**named, "ownerReferences": [owner]}},
+        "with an owner": {"metadata": {**named, "ownerReferences": [OWNER]}},
         "with a label": {"metadata": {**named, "labels": {"a": "b"}}},
         "with an annotation": {"metadata": {**named, "annotations": {"a": "x" * 200_000}}},
         "with another name": {"metadata": {**named, "name": "a-name"}},
         "with a related object": {"related": about},
-        "with a series": {
-            "series": {"count": 9, "lastObservedTime": "2026-01-01T00:00:00.000000Z"}
-        },
+        "with a series": {"series": {"count": 9, "lastObservedTime": micro}},
         "with an action": {"action": "Killing"},
-        "with an event time": {"eventTime": "2026-01-01T00:00:00.000000Z", "action": "Scale"},
+        "with an event time": {"eventTime": micro, "action": "Scale"},
     }
     for what, changes in wrong.items():
         yield Act(f"Event: {what}", "POST", events + MANAGER, event(namespace, **changes))
-    note = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": named,
-            "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "queue-scaler",
-            "reportingInstance": "queue-scaler", "action": "Scale", "type": "Normal",
-            "reason": "SuccessfulRescale", "regarding": about, "note": "x"}  # fmt: skip
+    note = thing(
+        "Event", named["name"], "events.k8s.io/v1", eventTime=micro, note="x", regarding=about,
+        reportingController="queue-scaler", reportingInstance="queue-scaler", action="Scale",
+        type="Normal", reason="SuccessfulRescale",
+    )  # fmt: skip
     newer = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
     yield Act("Event: through events.k8s.io", "POST", newer, note)
     yield Act("Events: list", "GET", events)
@@ -426,46 +391,42 @@ def event_acts(namespace: str) -> Iterator[Act]:
 def foreign_acts(namespace: str, elsewhere: str) -> Iterator[Act]:
     """Everything else: other kinds, its own rights, other namespaces, the cluster."""
     _, core, batch = paths(namespace)
-    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
-    any_rule = {"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}
-    admin = {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": "queue-scaler-e2e-admin"},
-        "roleRef": {
-            "apiGroup": "rbac.authorization.k8s.io",
-            "kind": "ClusterRole",
-            "name": "cluster-admin",
-        },
-        "subjects": [{"kind": "ServiceAccount", "name": "queue-scaler", "namespace": namespace}],
-    }
-    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "new"}}
-    token = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
-    policies = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
-    allow = {"spec": {"validations": [{"expression": "true"}]}}
     there, core_there, _ = paths(elsewhere)
+    group = "rbac.authorization.k8s.io"
+    rbac, bindings = (f"/apis/{group}/v1/namespaces/{namespace}",
+                      f"/apis/{group}/v1/clusterrolebindings")  # fmt: skip
+    role = {"apiGroup": group, "kind": "ClusterRole", "name": "cluster-admin"}
+    subject = {"kind": "ServiceAccount", "name": "queue-scaler", "namespace": namespace}
+    admin = thing("ClusterRoleBinding", "queue-scaler-e2e-admin", f"{group}/v1", roleRef=role,
+                  subjects=[subject])  # fmt: skip
+    config_map = thing("ConfigMap")
+    token = thing("TokenRequest", "", "authentication.k8s.io/v1", spec={})
+    account, unlabel = f"{core}/serviceaccounts/queue-scaler", {MINE + "guardrails": None}
+    policies = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
+    mark, scale = annotate(**{COST: "1"}), {"spec": {"replicas": 3}}
     yield Act("Secrets: list", "GET", f"{core}/secrets")
     yield Act("Secret: read", "GET", f"{core}/secrets/{OTHER}")
     yield Act("ConfigMap: read", "GET", f"{core}/configmaps/{OTHER}")
     yield Act("ConfigMap: create", "POST", f"{core}/configmaps", config_map)
     yield Act("ConfigMap: patch", "PATCH", f"{core}/configmaps/{OTHER}", {"data": {"a": "b"}})
     yield Act("Services: list", "GET", f"{core}/services")
-    yield Act("a token: create", "POST", f"{core}/serviceaccounts/queue-scaler/token", token)
+    yield Act("a token: create", "POST", f"{account}/token", token)
+    yield Act("its label: remove", "PATCH", account, {"metadata": {"labels": unlabel}})
     yield Act("ReplicaSets: list", "GET", f"/apis/apps/v1/namespaces/{namespace}/replicasets")
     yield Act("CronJob: read", "GET", f"{batch}/cronjobs/queue-scaler")
     yield Act("CronJob: suspend", "PATCH", f"{batch}/cronjobs/queue-scaler", {"spec": {}})
     yield Act("Jobs: list", "GET", f"{batch}/jobs")
-    yield Act("its Role: widen", "PATCH", f"{rbac}/roles/queue-scaler", any_rule)
+    yield Act("its Role: widen", "PATCH", f"{rbac}/roles/queue-scaler", EVERYTHING)
     yield Act("RoleBindings: list", "GET", f"{rbac}/rolebindings")
-    bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
     yield Act("cluster-admin: take", "POST", bindings, admin)
-    yield Act("guardrails: loosen", "PATCH", f"{policies}/queue-scaler", allow)
-    yield Act("guardrails: delete", "DELETE", f"{policies}/queue-scaler")
+    for each in ("queue-scaler", "queue-scaler-label"):
+        allow = {"spec": {"validations": [{"expression": "true"}]}}
+        yield Act(f"{each}: loosen", "PATCH", f"{policies}/{each}", allow)
+        yield Act(f"{each}: delete", "DELETE", f"{policies}/{each}")
     yield Act("another namespace: read", "GET", f"{there}/{NAME}")
-    yield Act("another namespace: scale", "PATCH", f"{there}/{NAME}", {"spec": {"replicas": 3}})
+    yield Act("another namespace: scale", "PATCH", f"{there}/{NAME}", scale)
     yield Act("another namespace: list pods", "GET", f"{core_there}/pods")
-    yield Act("another namespace: mark a pod", "PATCH", f"{core_there}/pods/{OTHER}",
-              annotate(**{COST: "1"}))  # fmt: skip
+    yield Act("another namespace: mark a pod", "PATCH", f"{core_there}/pods/{OTHER}", mark)
     yield Act("another namespace: write an Event", "POST", f"{core_there}/events", event(elsewhere))
     yield Act("all pods: list", "GET", "/api/v1/pods")
     yield Act("all Deployments: list", "GET", "/apis/apps/v1/deployments")
@@ -486,13 +447,16 @@ def acts(namespace: str, elsewhere: str, pod: str) -> list[Act]:
     ]
 
 
-def rbac(namespace: str) -> str:
-    text = (REPOSITORY / "rbac.yaml").read_text()
-    return text.replace("namespace: default", f"namespace: {namespace}")
-
+EVERYTHING = {"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}
+# What that Role makes an act about a Deployment that the account may patch, and what then fails
+# before admission.
+OPENED = (
+    "another Deployment: scale", "Event: about another Deployment", "Event: about no Deployment",
+    "pod: replace", "CronJob: suspend",
+)  # fmt: skip
 
 # What people have set on the Deployment, the replicas (2 before) that the account asks for, and
-# whether it gets them.
+# whether it gets them. It never may remove what they have set.
 TRUE = "true"
 PAUSES: list[tuple[dict[str, str], int, bool]] = [
     ({"paused": TRUE}, 0, False),
@@ -500,6 +464,7 @@ PAUSES: list[tuple[dict[str, str], int, bool]] = [
     ({"paused": "unreadable"}, 3, False),
     ({"paused": "False"}, 3, True),
     ({"paused-replicas": "0"}, 0, True),
+    ({"paused-replicas": "0"}, 1, False),
     ({"paused-replicas": " 5 "}, 5, True),
     ({"paused-replicas": "5"}, 4, False),
     ({"paused-replicas": "15"}, 5, False),
@@ -510,7 +475,34 @@ PAUSES: list[tuple[dict[str, str], int, bool]] = [
     ({"paused-scale-out": TRUE}, 3, False),
     ({"paused-scale-out": TRUE}, 1, True),
     ({"paused-scale-in": TRUE, "paused-replicas": "1"}, 1, True),
-    ({"paused": TRUE, "paused-until": "2026-01-01T00:00:00Z"}, 0, True),
+    ({"paused": TRUE, "paused-until": WHEN}, 0, True),
+]
+
+
+@dataclass(frozen=True)
+class Someone:
+    """An account that may edit all Deployments, and the words with which it is refused to label
+    one in a manager's name; none where it is left alone. `here`: of the Deployment's namespace."""
+
+    name: str
+    labelled: bool
+    manager: str
+    refused: str = ""
+    here: bool = True
+
+
+RULES, LABEL = "queue-scaler may change nothing of", "needs the label"
+# As kustomize names it by prefix or suffix, as others name theirs, and without the label.
+ACCOUNTS = [
+    Someone("prodqueue-scaler", True, "queue-scaler", RULES),
+    Someone("queue-scaler2", True, "", RULES),
+    Someone("whatever", True, "kubectl", RULES),
+    Someone("rabbitmq-queue-scaler-operator", False, "rabbitmq-operator"),
+    Someone("queue-scaler", False, "kubectl", here=False),
+    Someone("deployer", False, ""),
+    Someone("forgotten", False, "queue-scaler", LABEL),
+    Someone("queue-scaler", True, "queue-scaler", LABEL, here=False),
+    Someone("default", False, "queue-scaler", LABEL, here=False),
 ]
 
 
@@ -543,33 +535,41 @@ def own_pod(namespace: str, name: str = NAME) -> str:
 
 def set_up(namespaces: list[str]) -> None:
     """The account and the bystanders."""
-    kubectl("apply", "-n", namespaces[0], "-f", "-", stdin=rbac(namespaces[0]))
+    here = namespaces[0]
+    rbac = (REPOSITORY / "rbac.yaml").read_text()
+    rbac = rbac.replace("namespace: default", f"namespace: {here}")
+    kubectl("apply", "-n", here, "-f", "-", stdin=rbac)
     for namespace in namespaces:
         kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(bystanders()))
     # More writers than the API server keeps apart: from here on it merges their entries.
     for number in range(9):
-        kubectl("label", "deployment", NAME, "-n", namespaces[0], f"writer-{number}=x",
-                f"--field-manager=writer-{number}")  # fmt: skip
+        label, manager = f"writer-{number}=x", f"--field-manager=writer-{number}"
+        kubectl("label", "deployment", NAME, "-n", here, label, manager)
     time.sleep(1.1)  # their times are in seconds, and the scaler's own has to be the newest
 
 
-def in_force(scaler: Account, namespace: str) -> bool:
-    """Whether the API server has taken in the policy: its own words refuse a dry run."""
-    label = {"metadata": {"labels": {"a": "b"}}}
-    probe = scaler.ask("PATCH", f"{paths(namespace)[0]}/{NAME}?dryRun=All", label)
-    return by_guardrails(probe)
+def labelling(namespace: str, manager: str = "") -> Act:
+    """A change that every account with a usual Role may make, but not the scaler's."""
+    query = "?dryRun=All" + (f"&fieldManager={manager}" if manager else "")
+    body = {"spec": {"template": {"metadata": {"labels": {"a": "b"}}}}}
+    return Act("label the pods", "PATCH", f"{paths(namespace)[0]}/{NAME}{query}", body)
 
 
 def by_guardrails(answer: Answer) -> bool:
     return "ValidatingAdmissionPolicy" in answer.message
 
 
+def in_force(scaler: Account, namespace: str) -> bool:
+    """Whether the API server has taken in the policy: its own words refuse a dry run."""
+    return by_guardrails(tried(scaler, labelling(namespace)))
+
+
 def tried(scaler: Account, act: Act) -> Answer:
-    body = act.body
-    if callable(body):
-        namespace, name = act.path.split("/")[5], act.path.split("/")[7].partition("?")[0]
-        body = body(read("deployment", name, "-n", namespace, "--show-managed-fields"))
-    return scaler.ask(act.method, act.path, body)
+    old = {}
+    if callable(act.body):
+        namespace, kind, name = act.path.partition("?")[0].split("/")[-3:]
+        old = read(kind, name, "-n", namespace, "--show-managed-fields")
+    return scaler.ask(act.method, act.path, act.sent(old))
 
 
 def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
@@ -577,20 +577,16 @@ def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
     checks.that("guardrails.yaml has no type warnings", no_type_warnings)
     for act in life(here, own_pod(here)):
         answer = tried(scaler, act)
-        good = 200 <= answer.status < 300
-        checks.note(f"may: {act.what}", None if good else f"{answer.status} {answer.message}")
+        checks.answer(f"may: {act.what}", answer, 200 <= answer.status < 300)
     pod = own_pod(here)
-    before = state([*namespaces], pod)
-    strange = own_pod(here, OTHER)
-    path = f"{paths(here)[1]}/pods/{strange}{MANAGER}"
-    mark = Act("another Deployment's pod: mark", "PATCH", path, annotate(**{COST: "-9"}))
+    before = state(namespaces, pod)
+    strange = f"{paths(here)[1]}/pods/{own_pod(here, OTHER)}{MANAGER}"
+    mark = Act("another Deployment's pod: mark", "PATCH", strange, annotate(**{COST: "-9"}))
     for act in [*acts(here, namespaces[1], pod), mark]:
         answer = tried(scaler, act)
-        problem = None if answer.status == 403 else f"{answer.status} {answer.message}"
-        checks.note(
-            f"may not: {act.what}", problem, "admission" if by_guardrails(answer) else "RBAC"
-        )
-    after = state([*namespaces], pod)
+        by = "admission" if by_guardrails(answer) else "RBAC"
+        checks.answer(f"may not: {act.what}", answer, answer.status == 403, by)
+    after = state(namespaces, pod)
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     checks.note("nothing has changed by it", f"{sorted(changed)}" if changed else None)
 
@@ -598,28 +594,25 @@ def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
 def try_pauses(checks: Checks, scaler: Account, namespace: str) -> None:
     path = f"{paths(namespace)[0]}/{NAME}{MANAGER}&dryRun=All"
     for pause, replicas, allowed in PAUSES:
+        names = [MINE + name for name in pause]
         words = [f"{MINE}{name}={value}" for name, value in pause.items()]
         kubectl("annotate", "--overwrite", "-n", namespace, "deployment", NAME, *words)
         answer = scaler.ask("PATCH", path, {"spec": {"replicas": replicas}})
-        name = f"{'may' if allowed else 'may not'}: set {replicas} where {pause}"
-        expected = answer.status == 200 if allowed else by_guardrails(answer)
-        checks.note(name, None if expected else f"{answer.status} {answer.message}")
-        gone = [f"{MINE}{name}-" for name in pause]
-        kubectl("annotate", "-n", namespace, "deployment", NAME, *gone)
-
-
-# With a Role that opens everything: what is then about a Deployment that the account may patch, and
-# what fails before admission.
-OPENED = (
-    "another Deployment: scale", "Event: about another Deployment", "Event: about no Deployment",
-    "pod: replace", "CronJob: suspend",
-)  # fmt: skip
+        right = answer.status == 200 if allowed else by_guardrails(answer)
+        may = "may" if allowed else "may not"
+        checks.answer(f"{may}: set {replicas} where {pause}", answer, right)
+        for each in names:
+            answer = scaler.ask("PATCH", path, annotate(**{each: None}))
+            checks.answer(f"may not: remove {each} of {pause}", answer, by_guardrails(answer))
+        stamp = scaler.ask("PATCH", path, annotate(**{MINE + "queue-failing-since": WHEN}))
+        checks.answer(f"may: stamp a failure where {pause}", stamp, stamp.status == 200)
+        kubectl("annotate", "-n", namespace, "deployment", NAME, *(f"{each}-" for each in names))
 
 
 def try_wide_role(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
     """The Role opened to everything: the guardrails refuse every write by themselves."""
     here = namespaces[0]
-    widen = '{"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}'
+    widen = json.dumps(EVERYTHING)
     kubectl("patch", "role", "queue-scaler", "-n", here, "--type=merge", "-p", widen)
     secret = f"{paths(here)[1]}/secrets/{OTHER}"
     eventually(lambda: scaler.ask("GET", secret).status == 200, 30, "the wider Role")
@@ -627,34 +620,32 @@ def try_wide_role(checks: Checks, scaler: Account, namespaces: list[str]) -> Non
     for act in acts(here, namespaces[1], own_pod(here)):
         if act.method == "GET" or within not in act.path or act.what in OPENED:
             continue
-        answer = tried(scaler, act)
-        problem = None if by_guardrails(answer) else f"{answer.status} {answer.message}"
-        checks.note(f"may not, with every right in the namespace: {act.what}", problem)
+        answer, name = tried(scaler, act), f"with every right in the namespace: {act.what}"
+        checks.answer(f"may not, {name}", answer, by_guardrails(answer))
 
 
-def try_names(checks: Checks, namespace: str) -> None:
-    """Accounts as an overlay may name them, and one that is somebody else's."""
-    names = {
-        "prodqueue-scaler": True,
-        "queue-scaler2": True,
-        "rabbitmq-queue-scaler-operator": False,
-    }
-    label = {"metadata": {"labels": {"a": "b"}}}
-    for name, ours in names.items():
-        kubectl("create", "serviceaccount", name, "-n", namespace)
-        if ours:
-            kubectl("label", "sa", name, "-n", namespace, MINE + "guardrails=true")
-        kubectl("create", "rolebinding", name, "-n", namespace, "--clusterrole=edit",
-                f"--serviceaccount={namespace}:{name}")  # fmt: skip
-        with account(f"system:serviceaccount:{namespace}:{name}") as someone:
-            path = f"{paths(namespace)[0]}/{NAME}?dryRun=All"
+def try_names(checks: Checks, namespaces: list[str]) -> None:
+    """Accounts as an overlay may name them, those of others, and some that lack the label."""
+    here = namespaces[0]
+    for someone in ACCOUNTS:
+        home = namespaces[0 if someone.here else 1]
+        found = kubectl("get", "sa", someone.name, "-n", home, "--ignore-not-found", "-o", "name")
+        if not found:
+            kubectl("create", "serviceaccount", someone.name, "-n", home)
+        label = MINE + ("guardrails=true" if someone.labelled else "guardrails-")
+        kubectl("label", "--overwrite", "sa", someone.name, "-n", home, label)
+        kubectl("create", "rolebinding", secrets.token_hex(4), "-n", here, "--clusterrole=edit",
+                f"--serviceaccount={home}:{someone.name}")  # fmt: skip
+        with account(SELF.format(home, someone.name)) as them:
 
-            def answered(path: str = path, someone: Account = someone, ours: bool = ours) -> str:
-                answer = someone.ask("PATCH", path, label)
-                right = by_guardrails(answer) if ours else answer.status == 200
-                return ("restricted" if ours else "left alone") if right else ""
+            def answered(them: Account = them, someone: Someone = someone) -> str:
+                answer = tried(them, labelling(here, someone.manager))
+                if someone.refused:
+                    refused = by_guardrails(answer) and someone.refused in answer.message
+                    return "refused" if refused else ""
+                return "left alone" if answer.status == 200 else ""
 
-            checks.that(f"the account {name}", partial(eventually, answered, 15, name))
+            checks.that(str(someone), partial(eventually, answered, 15, str(someone)))
 
 
 def no_type_warnings() -> str:
@@ -665,13 +656,14 @@ def no_type_warnings() -> str:
 
 def check_rights(checks: Checks) -> None:
     with scratch_namespaces("", "-other") as namespaces, guardrails():
+        here = namespaces[0]
         set_up(namespaces)
-        with account(SELF.format(namespaces[0])) as scaler:
-            eventually(lambda: in_force(scaler, namespaces[0]), 60, "the policy in force")
+        with account(SELF.format(here, "queue-scaler")) as scaler:
+            eventually(lambda: in_force(scaler, here), 60, "the policy in force")
             try_account(checks, scaler, namespaces)
-            try_names(checks, namespaces[0])
+            try_names(checks, namespaces)
             try_wide_role(checks, scaler, namespaces)
-            try_pauses(checks, scaler, namespaces[0])
+            try_pauses(checks, scaler, here)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parent.parent.parent
 T = TypeVar("T")
 
-POLICIES = ("queue-scaler",)
+POLICIES = ("queue-scaler", "queue-scaler-label")
 
 
 class KubectlError(Exception):
@@ -106,6 +106,9 @@ class Checks:
             self.failed.append(name)
             print(f"FAIL  {name}: {problem}", flush=True)
 
+    def answer(self, name: str, answer: Answer, right: bool, detail: str = "") -> None:
+        self.note(name, None if right else str(answer), detail)
+
     def that(self, name: str, check: Callable[[], str]) -> bool:
         """A check that raises AssertionError or KubectlError, or returns a detail to show."""
         try:
@@ -171,9 +174,9 @@ def type_warnings() -> list[str]:
         current = status.get("observedGeneration") == policy["metadata"]["generation"]
         return status if current and "typeChecking" in status else None
 
-    found: list[str] = []
-    for name in POLICIES:
-        status = eventually(partial(checked, name), 30, f"a type check of {name}")
-        for warning in (status["typeChecking"] or {}).get("expressionWarnings") or []:
-            found.append(f"{name} {warning['fieldRef']}: {warning['warning']}")
-    return found
+    return [
+        f"{name} {warning['fieldRef']}: {warning['warning']}"
+        for name in POLICIES
+        for status in [eventually(partial(checked, name), 30, f"a type check of {name}")]
+        for warning in (status["typeChecking"] or {}).get("expressionWarnings") or []
+    ]
