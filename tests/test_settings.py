@@ -172,7 +172,7 @@ def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
 ACCEPTED = [
     ("DEPLOYMENT", "a" * 253, "a" * 253),
     ("DEPLOYMENT", " w-1.x ", "w-1.x"),
-    ("QUEUE_COLLECTION", "/tenants/acme corp/jobs/", "tenants/acme corp/jobs"),
+    ("QUEUE_COLLECTION", "/X/acme corp/X/", "X/acme corp/X"),
     ("QUEUE_COLLECTION_GROUP", "TRUE", True),
     ("QUEUE_COLLECTION_GROUP", "False", False),
     ("WAITING_FILTER", "[]", ()),
