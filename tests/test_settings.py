@@ -300,7 +300,12 @@ def test_version_prints_the_version(world: World) -> None:
     assert world.run("--version").stdout == f"queue-scaler {scaler.__version__}\n"
 
 
-TYPOS = {"MIN_REPLICA": "MIN_REPLICAS", "JOB_PER_POD": "JOBS_PER_POD", "dry_run": "DRY_RUN"}
+TYPOS = {
+    "MIN_REPLICA": "MIN_REPLICAS",
+    "JOB_PER_POD": "JOBS_PER_POD",
+    "dry_run": "DRY_RUN",
+    "SCALE_UP_COOLDOWN_SECOND": "SCALE_UP_COOLDOWN_SECONDS",
+}
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
@@ -310,6 +315,7 @@ def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(
     run = world.run(**{typo: "2"})
     warning = f"WARNING AutoScaler {typo} is not a variable of the scaler: is {meant} meant?\n"
     assert run.exit_code == 0 and warning in run.stdout, run
+    assert run.stdout.count("is not a variable") == 1, "the nearest only"
     assert "is not a variable" not in world.run(HOSTNAME="x", PYTHONPATH="").stdout
 
 
