@@ -95,6 +95,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("WAITING_FILTER", '[["status ", "==", 1]]', "no space around one"),
         ("WAITING_FILTER", '[["a. b", "==", 1]]', "no space around one"),
         ("WAITING_FILTER", f'[["n", "==", {2**63}]]', f"{2**63} cannot be sent: "),
+        ("WAITING_FILTER", f'[["n", "==", {{"a": {2**63}}}]]', "at most 64 bits"),
         ("WAITING_FILTER", f'[["n", "==", {-(2**63) - 1}]]', "at most 64 bits"),
         ("WAITING_FILTER", '[["n", "==", {"\\ud800": 1}]]', "text is Unicode"),
         ("WAITING_FILTER", '[["n", "==", "\\ud800"]]', "text is Unicode"),

@@ -173,7 +173,8 @@ def main() -> int:
         "mutants", derandomize=True, database=None, deadline=None, max_examples=50
     )
     hypothesis.settings.load_profile("mutants")
-    context, survivors = multiprocessing.get_context("fork"), []
+    context = multiprocessing.get_context("fork")
+    survivors: list[Mutant] = []
     with tempfile.TemporaryDirectory() as copies:
         place = (Path.cwd(), copies)
         with ProcessPoolExecutor(chosen.jobs, context, enter_a_copy, place) as pool:
