@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
+MUTANTS := $(VENV)/.mutants-installed
 PIN := pip compile --quiet --universal --generate-hashes --python-version 3.11
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-slow ci lint types bench e2e requirements clean
+.PHONY: help demo picture test test-slow mutants ci lint types bench e2e requirements clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +30,9 @@ test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="
 
 test-slow: $(DEV) ## the others, in minutes: processes, the Firestore emulator, the image, the pages
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+mutants: $(MUTANTS) ## change scaler.py in one place at a time: does a test fail? ARGS="--sample 100"
+	@$(BIN)/python -m tools.mutants $(ARGS)
 
 ci: lint types test test-slow ## all that has to hold before a change lands
 
@@ -68,4 +72,9 @@ $(RUNTIME): requirements.txt | $(VENV)/pyvenv.cfg
 $(DEV): requirements-dev.txt $(RUNTIME)
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) install --require-hashes -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+$(MUTANTS): requirements-mutants.txt $(DEV)
+	@echo "installing requirements-mutants.txt into $(VENV)"
+	@$(PIP) install --no-deps --require-hashes -r requirements-mutants.txt
 	@touch $@

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scaler
-from scaler import ANNOTATION, LAST_SCALE, LAST_SCALE_TIME, parse_state, read_time, write_time
+from scaler import (
+    ANNOTATION,
+    LAST_SCALE_TIME,
+    State,
+    parse_state,
+    read_time,
+    write_time,
+)
 from tests.support.firestore import FakeFirestore, Hang
 from tests.support.world import START, World
 
@@ -25,14 +35,31 @@ SAME_INSTANT = [
     "2025-12-31T19:00:00-05:00",
     "2026-01-01T00:00:00",
     " 2026-01-01T00:00:00Z\n",
-    "1767225600",
+    "20260101",
+    " 1767225600\n",
     "1767225600.0",
 ]
 
 
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Local time is nine hours ahead."""
+    monkeypatch.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
 @pytest.mark.parametrize("typed", SAME_INSTANT)
-def test_a_time_is_read_as_people_type_it(typed: str) -> None:
-    assert read_time(typed) == START
+def test_a_time_is_read_as_people_type_it(typed: str, far_from_utc: None) -> None:
+    read = read_time(typed)
+    assert read == START and read.utcoffset() == timedelta(0)
+    assert write_time(read.astimezone()) == "2026-01-01T00:00:00Z"
+
+
+def test_unix_seconds_have_nine_digits_or_more() -> None:
+    assert read_time("100000000.25") == datetime(1973, 3, 3, 9, 46, 40, 250_000, UTC)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +77,7 @@ def test_a_time_is_read_as_people_type_it(typed: str) -> None:
     ],
 )
 def test_what_is_no_time_is_refused(typed: str) -> None:
-    with pytest.raises(ValueError, match="not a time such as"):
+    with pytest.raises(ValueError, match=r"^not a time such as 2026-01-01T00:00:00Z or 17672256"):
         read_time(typed)
 
 
@@ -67,25 +94,31 @@ def test_a_written_time_is_read_back_to_the_second(when: datetime) -> None:
     assert read_time(write_time(when)) == when.replace(microsecond=0)
 
 
-def test_a_time_further_ahead_than_the_longest_cooldown_is_warned_about_and_ignored() -> None:
-    ahead = START + timedelta(minutes=10)
-    state = parse_state({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
-    assert state.last_scale_time is None
-    assert LAST_SCALE_TIME in state.warnings[0] and write_time(ahead) in state.warnings[0]
-
-
-def test_a_time_ahead_within_the_longest_cooldown_extends_it() -> None:
-    ahead = START + timedelta(seconds=300)
-    state = parse_state({LAST_SCALE_TIME: write_time(ahead)}, SETTINGS, START)
-    assert state.last_scale_time == ahead and state.warnings == ()
+@pytest.mark.parametrize("name", ["last-scale-time", "queue-failing-since"])
+@pytest.mark.parametrize("longest", ["scale_up_cooldown_seconds", "scale_down_cooldown_seconds"])
+def test_a_time_further_ahead_than_the_longest_cooldown_is_warned_about_and_ignored(
+    name: str, longest: str
+) -> None:
+    settings = replace(SETTINGS, **{longest: 400})  # type: ignore[arg-type]
+    for ahead, warnings in ((400, 0), (401, 1)):
+        typed = write_time(START + timedelta(seconds=ahead))
+        state = parse_state({ANNOTATION + name: typed}, settings, START)
+        assert len(state.warnings) == warnings
+        assert state == State(warnings=state.warnings) or not warnings, "counts as absent"
+    assert ANNOTATION + name in state.warnings[0] and repr(typed) in state.warnings[0]
+    assert "further ahead than the longest cooldown, so it counts as absent" in state.warnings[0]
 
 
 @pytest.mark.parametrize(
     ("value", "paused", "warned"),
     [
         ("true", True, False),
-        ("True", True, False),
+        ("True ", True, False),
+        ("t", True, False),
+        ("1", True, False),
         ("false", False, False),
+        ("f", False, False),
+        ("0", False, False),
         ("yes please", True, True),
         ("", True, True),
     ],
@@ -96,11 +129,39 @@ def test_a_pause_that_cannot_be_read_pauses(value: str, paused: bool, warned: bo
         assert getattr(state, name.replace("-", "_")) is paused
         assert bool(state.warnings) is warned
         assert all(ANNOTATION + name in warning for warning in state.warnings)
+        assert all("not true or false: it holds" in warning for warning in state.warnings)
 
 
 def test_a_number_to_hold_that_cannot_be_read_holds_what_there_is() -> None:
     state = parse_state({scaler.PAUSED_REPLICAS: "lots"}, SETTINGS, START)
-    assert state.paused and "'lots'" in state.warnings[0]
+    assert state.paused and state.paused_replicas is None
+    assert "'lots'" in state.warnings[0] and "a whole number of pods from 0" in state.warnings[0]
+
+
+CAME_BACK = "came back with a kubectl rollout undo, and is not carried out"
+AGAIN = "; delete it, and set it again if it is meant"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "paused", "advice"),
+    [
+        ("paused", "false", {"paused"}, AGAIN),
+        ("paused-replicas", "0", {"paused"}, AGAIN),
+        ("paused-scale-in", "false", {"paused_scale_in"}, AGAIN),
+        ("paused-scale-out", "false", {"paused_scale_out"}, AGAIN),
+        ("paused-until", "2027-01-01T00:00:00Z", set(), ""),
+        ("recommendations", "1767225600:3", set(), ""),
+        ("last-scale-time", "2026-01-01T00:00:00Z", set(), ""),
+    ],
+)
+def test_what_a_rollback_brought_back_is_not_carried_out_and_a_pause_stays_one(
+    name: str, value: str, paused: set[str], advice: str
+) -> None:
+    name = ANNOTATION + name
+    state = parse_state({name: value, "team": "renders"}, SETTINGS, START, frozenset((name,)))
+    [warning] = state.warnings
+    assert warning.startswith(f"{name}={value!r}") and warning.endswith(CAME_BACK + advice)
+    assert state == State(warnings=(warning,), **dict.fromkeys(paused, True))  # type: ignore[arg-type]
 
 
 def test_a_huge_value_is_cut_in_its_warning() -> None:
@@ -153,11 +214,6 @@ def test_an_unreadable_time_counts_as_absent_with_a_warning(just_scaled: World) 
     run = just_scaled.run()
     assert run.reason == "ScaledUp", run
     assert "WARNING AutoScaler" in run.stdout and "'a minute ago'" in run.stdout
-
-
-def test_an_unknown_direction_holds_both(just_scaled: World) -> None:
-    just_scaled.cluster.annotate("worker", **{LAST_SCALE: "sideways"})
-    assert just_scaled.run().reason == "ScaleUpCooldown"
 
 
 def test_other_peoples_annotations_are_left_alone(just_scaled: World) -> None:

@@ -75,7 +75,10 @@ def test_every_minute_of_a_year() -> None:
         ("Fri 22:00-06:00", "2026-11-27T22:00", "2026-11-27T05:00"),
         ("Sun 22:00-06:00", "2026-11-23T05:59", "2026-11-22T05:59"),
         ("Fri 22:00-00:00", "2026-11-27T23:59", "2026-11-28T00:00"),
-        ("Sat-Mon 10:00-11:00", "2026-11-22T10:30", "2026-11-24T10:30"),
+        ("Sat-Mon 10:00-11:00", "2026-11-23T10:30", "2026-11-24T10:30"),
+        ("Tue 10:00-11:00", "2026-11-24T10:30", "2026-11-25T10:30"),
+        ("Wed 10:00-11:00", "2026-11-25T10:30", "2026-11-26T10:30"),
+        ("Thu 10:00-11:00", "2026-11-26T10:30", "2026-11-27T10:30"),
         ("sat 10:00-11:00", "2026-11-21T10:30", "2026-11-22T10:30"),
     ],
 )
@@ -102,8 +105,8 @@ HOURS = scheduled("5 Thu 09:00-18:00 Asia/Seoul")  # START is a Thursday, 09:00 
 def test_the_pods_come_at_once_when_the_hours_begin_and_the_line_says_why() -> None:
     early = decide(HOURS, Inputs(START - MINUTE, 1, queue=QueueLength(0)))
     assert (early.replicas, early.reason) == (1, "AtTarget")
-    state = State(last_scale_time=START - MINUTE, last_scale="up")
-    begun = decide(HOURS, Inputs(START, 1, state, QueueLength(0)))
+    scaled = {scaler.LAST_SCALE_TIME: "2025-12-31T23:59:00Z", scaler.LAST_SCALE: "up 1->2"}
+    begun = decide(HOURS, Inputs(START, 1, parse_state(scaled, HOURS, START), QueueLength(0)))
     assert (begun.replicas, begun.reason) == (5, "TooFewReplicas")
     assert "SCHEDULED_MIN_REPLICAS=5 Thu 09:00-18:00 Asia/Seoul" in begun.message
 
@@ -159,4 +162,5 @@ def test_an_end_that_cannot_be_read_ends_nothing_and_is_warned_about(until: str)
 
 def test_an_end_without_a_pause_is_nothing() -> None:
     state = parse_state({scaler.PAUSED_UNTIL: "2027-01-01"}, HOURS, START)
-    assert replace(state, paused_until=None) == State()
+    inputs = Inputs(START, 5, queue=QueueLength(0))
+    assert decide(HOURS, replace(inputs, state=state)) == decide(HOURS, inputs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import pytest
 
 import scaler
-from tests.support.world import World
+from tests.support.world import REPOSITORY, World
 
 NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"}
+HOURS = "expected PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
 
 
 def problems(**environ: str) -> str:
@@ -54,36 +56,59 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("DEPLOYMENT", "", "Kubernetes name"),
+        ("DEPLOYMENT", "", "expected a Kubernetes name: lower-case letters"),
         ("DEPLOYMENT", "Worker", "Kubernetes name"),
         ("DEPLOYMENT", "a/../b", "Kubernetes name"),
         ("NAMESPACE", "Prod", "Kubernetes name"),
-        ("FIRESTORE_DATABASE", " ", "a name, not an empty one"),
+        ("FIRESTORE_DATABASE", " ", "expected a name, not an empty one"),
+        ("DEPLOYMENT", "a" * 254, "letters, digits, '-' and '.'"),
+        ("DEPLOYMENT", "\ud800", ": expected text in UTF-8\n"),
         ("QUEUE_COLLECTION", "", "none of them empty"),
-        ("QUEUE_COLLECTION", "tenants/acme", "an odd number of segments"),
+        (
+            "QUEUE_COLLECTION",
+            "tenants/acme",
+            "expected a collection path such as jobs or tenants/acme",
+        ),
         ("QUEUE_COLLECTION", "tenants//jobs", "none of them empty"),
-        ("QUEUE_COLLECTION_GROUP", "yes", "true or false"),
-        ("WAITING_FILTER", "status=waiting", "this is not JSON"),
-        ("WAITING_FILTER", '{"status": "waiting"}', "a JSON list"),
+        ("QUEUE_COLLECTION_GROUP", "yes", "expected true or false"),
+        (
+            "WAITING_FILTER",
+            "status=waiting",
+            'expected a JSON list of [field, op, value], such as [["status", "==", "waiting"]]; '
+            "this is not JSON",
+        ),
+        ("WAITING_FILTER", '{"status": "waiting"}', '"waiting"]]; this is not a list\n'),
         ("WAITING_FILTER", '["status", "==", "waiting"]', "'status' is not such a triple"),
         ("WAITING_FILTER", '[["status", "=="]]', "is not such a triple"),
         ("WAITING_FILTER", '[["status", "is", "waiting"]]', "'is' is not one of the operators"),
         ("WAITING_FILTER", '[["status", "in", "waiting"]]', "a list of 1 to 30 values"),
-        ("WAITING_FILTER", '[["status", "in", []]]', "a list of 1 to 30 values"),
+        ("WAITING_FILTER", '[["status", "in", []]]', "in takes a list of 1 to 30 values, not []"),
+        ("WAITING_FILTER", f'[["n", "in", {[*range(31)]}]]', "a list of 1 to 30 values, not [0, 1"),
+        ("WAITING_FILTER", f'[["n", "not-in", {[*range(11)]}]]', "a list of 1 to 10 values"),
+        ("WAITING_FILTER", f'[["n", "array-contains-any", {[*range(31)]}]]', "1 to 30 values"),
+        ("WAITING_FILTER", "[" * 100_000, "this is not JSON"),
+        ("WAITING_FILTER", '[["n", ">", NaN]]', "null goes with == and != only, not with >"),
         ("WAITING_FILTER", '[["status", "<", null]]', "null goes with == and != only"),
         ("WAITING_FILTER", '[[1, "==", "waiting"]]', "1 is not a field path"),
         ("WAITING_FILTER", '[["a..b", "==", 1]]', "'a..b' is not a field path"),
         ("WAITING_FILTER", '[[" status", "==", 1]]', "no space around one"),
         ("WAITING_FILTER", '[["status ", "==", 1]]', "no space around one"),
         ("WAITING_FILTER", '[["a. b", "==", 1]]', "no space around one"),
-        ("WAITING_FILTER", f'[["n", "==", {2**63}]]', "at most 64 bits"),
+        ("WAITING_FILTER", f'[["n", "==", {2**63}]]', f"{2**63} cannot be sent: "),
+        ("WAITING_FILTER", f'[["n", "==", {{"a": {2**63}}}]]', "at most 64 bits"),
+        ("WAITING_FILTER", f'[["n", "==", {-(2**63) - 1}]]', "at most 64 bits"),
+        ("WAITING_FILTER", '[["n", "==", {"\\ud800": 1}]]', "text is Unicode"),
         ("WAITING_FILTER", '[["n", "==", "\\ud800"]]', "text is Unicode"),
         ("WAITING_FILTER", f'[["n", "==", {"[" * 21}{"]" * 21}]]', "nested at most 20 deep"),
         ("POLLING_INTERVAL_SECONDS", "0", "less than TIMEOUT_SECONDS, which is '45'"),
         ("POLLING_INTERVAL_SECONDS", "45", "less than TIMEOUT_SECONDS, which is '45'"),
         ("POLLING_INTERVAL_SECONDS", "ten", "whole number of seconds"),
-        ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-08:00 UTC;", "PODS DAYS HOURS TIMEZONE"),
-        ("SCHEDULED_MIN_REPLICAS", "2 Mo-Fr 07:00-08:00 UTC", "'Mo-Fr': expected a day"),
+        (
+            "SCHEDULED_MIN_REPLICAS",
+            "2 Mon 07:00-08:00 UTC;",
+            f"='2 Mon 07:00-08:00 UTC;': '': {HOURS}\n",
+        ),
+        ("SCHEDULED_MIN_REPLICAS", "2 Mo-Fr 07:00-08:00 UTC", "UTC': 'Mo-Fr': expected a day"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:00-25:00 UTC", "'07:00-25:00': expected hours"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 24:00-24:00 UTC", "'24:00-24:00': expected hours"),
         ("SCHEDULED_MIN_REPLICAS", "2 Mon 07:60-08:00 UTC", "'07:60-08:00': expected hours"),
@@ -91,7 +116,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         (
             "SCHEDULED_MIN_REPLICAS",
             "2 Mon 07:00-08:00 Asia/Soul",
-            "'Asia/Soul': expected a time zone",
+            "'Asia/Soul': expected a time zone, as Asia/Seoul or UTC",
         ),
         ("SCHEDULED_MIN_REPLICAS", "x Mon 07:00-08:00 UTC", "'x': expected a whole number of pods"),
         (
@@ -99,14 +124,18 @@ def test_the_defaults_are_those_of_the_contract() -> None:
             "4 Mon 07:00-08:00 UTC",
             "no more than MAX_REPLICAS, which is '3'",
         ),
-        ("BUSY_FILTER", '[["status", "not-in", ["a"]]]', "no not-in"),
-        ("BUSY_POD_FIELD", "", "the name of a field"),
+        (
+            "BUSY_FILTER",
+            '[["n", "in", [1]], ["n", "not-in", ["a"]]]',
+            "BUSY_FILTER: expected no not-in",
+        ),
+        ("BUSY_POD_FIELD", "", "expected the name of a field"),
         ("BUSY_POD_FIELD", "worker..pod", "the name of a field"),
         ("MIN_REPLICAS", "one", "whole number of pods from 0"),
         ("MIN_REPLICAS", "-1", "whole number of pods from 0"),
         ("MIN_REPLICAS", "1.5", "whole number of pods from 0"),
         ("MIN_REPLICAS", "4", "no more than MAX_REPLICAS, which is '3'"),
-        ("MAX_REPLICAS", "0", "from 1 to 2147483647"),
+        ("MAX_REPLICAS", "0", "expected a whole number of pods or jobs from 1 to 2147483647"),
         ("MAX_REPLICAS", "9" * 5000, "from 1 to 2147483647"),
         ("JOBS_PER_POD", "0", "from 1 to"),
         ("SCALE_UP_COOLDOWN_SECONDS", "-1", "seconds from 0 to 31536000"),
@@ -115,14 +144,21 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("SCALE_UP_STABILIZATION_SECONDS", "3601", "seconds from 0 to 3600"),
         ("SCALE_DOWN_STABILIZATION_SECONDS", "1e3", "seconds from 0 to 3600"),
         ("SCALE_UP_STEP", "half", "a percentage such as 50%"),
-        ("SCALE_DOWN_STEP", "-2", "a percentage such as 50%"),
+        (
+            "SCALE_DOWN_STEP",
+            "-2",
+            "expected a number of pods such as 2, or a percentage such as 50%",
+        ),
+        ("SCALE_DOWN_STEP", "1234567890", "a percentage such as 50%"),
         ("FALLBACK_REPLICAS", "many", "whole number of pods from 0"),
         ("FALLBACK_REPLICAS", "4", "no more than MAX_REPLICAS, which is '3'"),
         ("FALLBACK_AFTER_SECONDS", "-5", "seconds from 0"),
+        ("SCALE_UP_COOLDOWN_SECONDS", "31536001", "seconds from 0 to 31536000"),
         ("TIMEOUT_SECONDS", "0", "seconds from 1 to 3600"),
+        ("TIMEOUT_SECONDS", "3601", "seconds from 1 to 3600"),
         ("DRY_RUN", "1", "true or false"),
-        ("LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
-        ("LOG_FORMAT", "xml", "text or json"),
+        ("LOG_LEVEL", "LOUD", "expected DEBUG, INFO, WARNING or ERROR"),
+        ("LOG_FORMAT", "xml", "expected text or json"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
@@ -130,8 +166,75 @@ def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
 ) -> None:
     message = problems(**{variable: value})
     assert message.startswith(f"{variable}=") or message.startswith(f"{variable}:")
-    assert expected in message
+    assert expected in f"{message}\n"
     assert len(message) < 600, "a long value is cut"
+
+
+ACCEPTED = [
+    ("DEPLOYMENT", "a" * 253, "a" * 253),
+    ("DEPLOYMENT", " w-1.x ", "w-1.x"),
+    ("QUEUE_COLLECTION", "/X/acme corp/X/", "X/acme corp/X"),
+    ("QUEUE_COLLECTION_GROUP", "TRUE", True),
+    ("QUEUE_COLLECTION_GROUP", "False", False),
+    ("WAITING_FILTER", "[]", ()),
+    ("BUSY_FILTER", '[["job-type.x", "==", 1]]', (("`job-type`.x", "==", 1),)),
+    ("BUSY_POD_FIELD", "a\\b", "`a\\\\b`"),
+    ("BUSY_POD_FIELD", "_worker.2nd pod.`a.b`", "_worker.`2nd pod`.`a.b`"),
+    ("MAX_REPLICAS", "2147483647", 2**31 - 1),
+    ("MAX_REPLICAS", "1", 1),
+    ("MIN_REPLICAS", "3", 3),
+    ("JOBS_PER_POD", "1", 1),
+    ("SCALE_UP_COOLDOWN_SECONDS", "31536000", 31_536_000),
+    ("SCALE_DOWN_COOLDOWN_SECONDS", "0", 0),
+    ("SCALE_UP_STABILIZATION_SECONDS", "3600", 3600),
+    ("SCALE_UP_STEP", "999999999%", "999999999%"),
+    ("FALLBACK_REPLICAS", "3", 3),
+    ("POLLING_INTERVAL_SECONDS", "1", 1),
+    ("POLLING_INTERVAL_SECONDS", "44", 44),
+    ("TIMEOUT_SECONDS", "1", 1),
+    ("TIMEOUT_SECONDS", "3600", 3600),
+    ("LOG_LEVEL", "debug", "debug"),
+    ("LOG_LEVEL", "Warning", "Warning"),
+    ("LOG_LEVEL", "ERROR", "ERROR"),
+    ("LOG_FORMAT", "JSON", "JSON"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "parsed"), ACCEPTED)
+def test_what_is_accepted_is_read_to_the_ends_of_its_range(
+    variable: str, value: str, parsed: object
+) -> None:
+    settings = scaler.read_settings({**NEEDED, variable: value})
+    assert getattr(settings, variable.lower()) == parsed
+
+
+@pytest.mark.parametrize(
+    ("op", "value", "read_as"),
+    [
+        *((op, [1], op) for op in ("==", "!=", "<", "<=", ">", ">=", "in", "not-in")),
+        ("==", None, "=="),
+        ("!=", None, "!="),
+        ("==", {"a": [1.5, "x", True]}, "=="),
+        ("==", 2**63 - 1, "=="),
+        ("==", -(2**63), "=="),
+        ("==", json.loads("[" * 20 + "]" * 20), "=="),
+        ("in", [*range(30)], "in"),
+        ("not-in", [*range(10)], "not-in"),
+        ("array-contains", "a", "array_contains"),
+        ("array_contains", "a", "array_contains"),
+        ("array-contains-any", [*range(30)], "array_contains_any"),
+        ("array_contains_any", ["a"], "array_contains_any"),
+    ],
+)
+def test_each_operator_is_accepted_with_what_it_takes(op: str, value: object, read_as: str) -> None:
+    raw = json.dumps([["status", op, value], ["b", "==", 1]])
+    settings = scaler.read_settings({**NEEDED, "WAITING_FILTER": raw})
+    assert settings.waiting_filter == (("status", read_as, value), ("b", "==", 1))
+
+
+def test_a_value_is_shown_whole_or_cut_to_120_characters() -> None:
+    assert problems(MIN_REPLICAS="x" * 118).startswith(f"MIN_REPLICAS='{'x' * 118}': expected")
+    assert problems(MIN_REPLICAS="x" * 119).startswith(f"MIN_REPLICAS='{'x' * 116}...: expected")
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
@@ -141,19 +244,21 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 
 def test_a_required_variable_that_is_missing_is_named() -> None:
-    with pytest.raises(scaler.Failure, match=r"DEPLOYMENT is not set.*QUEUE_COLLECTION is not set"):
+    with pytest.raises(scaler.Failure) as caught:
         scaler.read_settings({})
+    assert str(caught.value) == (
+        "DEPLOYMENT is not set: expected the name of the Deployment to scale; QUEUE_COLLECTION is "
+        "not set: expected the collection path, such as jobs or tenants/acme/jobs, one document a "
+        "job"
+    )
 
 
 def test_a_collection_group_has_a_bare_id() -> None:
     message = problems(QUEUE_COLLECTION="tenants/acme/jobs", QUEUE_COLLECTION_GROUP="true")
-    assert "such as jobs" in message
-
-
-@pytest.mark.parametrize("spelling", ["array-contains", "array_contains"])
-def test_both_spellings_of_the_array_operators_are_accepted(spelling: str) -> None:
-    settings = scaler.read_settings({**NEEDED, "WAITING_FILTER": f'[["tags", "{spelling}", "a"]]'})
-    assert settings.waiting_filter == (("tags", "array_contains", "a"),)
+    assert message == (
+        "QUEUE_COLLECTION='tenants/acme/jobs': expected the bare id of the collections, such as "
+        "jobs, where QUEUE_COLLECTION_GROUP is true"
+    )
 
 
 @pytest.mark.parametrize("variable", ["BUSY_FILTER", "FALLBACK_REPLICAS", "SCALE_UP_STEP"])
@@ -180,17 +285,38 @@ def test_wrong_settings_end_a_run_with_2_a_line_and_a_record(world: World) -> No
     assert world.cluster.requests == []
 
 
-def test_help_prints_every_setting_and_version_the_version(world: World) -> None:
-    world.now = None
+def test_help_says_of_every_setting_what_the_readme_says(world: World) -> None:
+    readme = (REPOSITORY / "README.md").read_text().replace("`", "").splitlines()
     text = world.run("--help").stdout
-    assert all(f.name.upper() in text for f in fields(scaler.Settings))
+    for setting in fields(scaler.Settings):
+        name, shown, meaning = (
+            setting.name.upper(),
+            *map(setting.metadata.get, ("shown", "meaning")),
+        )
+        assert f"| {name} | {shown} | {meaning} |" in readme
+        assert f"\n  {name}\n      {meaning} [{shown}]\n" in text
+
+
+def test_version_prints_the_version(world: World) -> None:
     assert world.run("--version").stdout == f"queue-scaler {scaler.__version__}\n"
 
 
-@pytest.mark.parametrize("typo", ["MIN_REPLICA", "MAX_REPLICAS_", "JOB_PER_POD", "DRYRUN"])
-def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(typo: str, world: World) -> None:
+TYPOS = {
+    "MIN_REPLICA": "MIN_REPLICAS",
+    "JOB_PER_POD": "JOBS_PER_POD",
+    "dry_run": "DRY_RUN",
+    "SCALE_UP_COOLDOWN_SECOND": "SCALE_UP_COOLDOWN_SECONDS",
+}
+
+
+@pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
+def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(
+    typo: str, meant: str, world: World
+) -> None:
     run = world.run(**{typo: "2"})
-    assert run.exit_code == 0 and f"WARNING AutoScaler {typo} is not a variable" in run.stdout, run
+    warning = f"WARNING AutoScaler {typo} is not a variable of the scaler: is {meant} meant?\n"
+    assert run.exit_code == 0 and warning in run.stdout, run
+    assert run.stdout.count("is not a variable") == 1, "the nearest only"
     assert "is not a variable" not in world.run(HOSTNAME="x", PYTHONPATH="").stdout
 
 

@@ -64,8 +64,9 @@ class Scaler:
     annotation: str | None = None
 
     def stabilize(self, now: int, current: int, desired: int) -> int:
-        history = scaler.read_history(self.annotation) if self.annotation else ()
-        when, state = datetime.fromtimestamp(now, UTC), scaler.State(recommendations=history)
+        kept = {scaler.RECOMMENDATIONS: self.annotation} if self.annotation else {}
+        when = datetime.fromtimestamp(now, UTC)
+        state = scaler.parse_state(kept, self.settings, when)
         decision = decide(self.settings, Inputs(when, current, state, QueueLength(desired)))
         self.annotation = decision.annotations[scaler.RECOMMENDATIONS]
         assert decision.replicas is not None
@@ -164,12 +165,54 @@ def test_an_entry_as_old_as_its_window_lies_outside(age: int) -> None:
     assert ours.stabilize(now, 5, 1) == (5 if age < 300 else 1)
 
 
-def test_nothing_is_kept_at_rest() -> None:
-    ours = Scaler(replace(ANY_NUMBER, scale_up_stabilization_seconds=60))
+@pytest.mark.parametrize(
+    ("gap", "since", "in_a_row"),
+    [(60, 150, True), (60, 151, False), (200, 400, True), (200, 401, False)],
+)
+def test_looks_are_in_a_row_within_150_seconds_or_twice_their_gap(
+    gap: int, since: int, in_a_row: bool
+) -> None:
+    """Only where they are does an empty window let the newest recommendation pass."""
     now = int(START.timestamp())
+    ours = Scaler(windows_of(0, 50), f"{now - since - gap}:1 {now - since}:1")
+    assert ours.stabilize(now, 3, 1) == (1 if in_a_row else 3)
+
+
+def test_what_is_kept_is_the_windows_and_the_look_before() -> None:
+    ours, now = Scaler(windows_of(60, 100)), int(START.timestamp())
+    texts = []
+    for gap, desired in ((0, 1), (40, 2), (60, 1), (99, 0), (600, 0)):
+        now += gap
+        ours.stabilize(now, 5, desired)
+        texts.append(f" {ours.annotation}".replace(" 17672", " "))
+    assert texts == [
+        " 25600:1 25600:5",
+        " 25600:1 25600:5 25640:2",
+        " 25640:2 25700:1",
+        " 25700:1 25799:0",
+        " 25799:0 26399:0 26399:5",
+    ]
+
+
+def test_nothing_is_kept_at_rest_or_where_no_window_looks() -> None:
+    now = int(START.timestamp())
+    for up, down, desired, kept in ((60, 0, 4, True), (60, 0, 2, False), (0, 60, 4, False)):
+        ours = Scaler(replace(windows_of(up, down), scale_up_step="0", scale_down_step="0"))
+        ours.stabilize(now, 3, desired)
+        assert bool(ours.annotation) is kept
+    ours = Scaler(windows_of(60, 300))
     assert ours.stabilize(now, 3, 3) == 3 and ours.annotation is None
     assert ours.stabilize(now + 60, 3, 1) == 3 and ours.annotation
     assert ours.stabilize(now + 119, 3, 3) == 3 and ours.annotation is None
+
+
+def test_a_paused_direction_keeps_no_history() -> None:
+    kept = {}
+    for off in ("in", "out"):
+        state = scaler.parse_state({f"queue-scaler/paused-scale-{off}": "true"}, ANY_NUMBER, START)
+        decision = decide(ANY_NUMBER, Inputs(START, 3, state, QueueLength(1)))
+        kept[off] = decision.annotations[scaler.RECOMMENDATIONS]
+    assert kept == {"in": None, "out": "1767225600:1 1767225600:3"}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +226,7 @@ def test_a_damaged_history_is_warned_about_and_starts_afresh(
     run = world.run()
     assert (run.reason, world.replicas) == ("ScaleDownStabilized", 3), run
     assert "WARNING" in run.stdout and repr(damaged) in run.stdout, run
+    assert "not a history such as '1767225600:3 1767225660:1', so it starts afresh\n" in run.stdout
     assert "300 s more" in run.record["message"]
 
 
@@ -217,44 +261,5 @@ def test_a_queue_that_stays_empty_gives_the_pods_back_after_300_seconds(
         assert world.replicas == (3 if minute < 5 else 1), run
         world.pass_time()
     assert world.now == (begun or START) + timedelta(minutes=6)
-    assert set(world.annotations) <= {"last-scale", "last-scale-time", "recommendations"}
     world.run()
     assert set(world.annotations) == {"last-scale", "last-scale-time"}, "at rest again"
-
-
-def test_a_scale_up_window_waits_for_the_lowest_recommendation_to_pass(
-    world: World, queue: FakeFirestore
-) -> None:
-    world.settings = {"SCALE_UP_STABILIZATION_SECONDS": "60"}
-    queue.fill(3)
-    assert world.run().reason == "ScaleUpStabilized"
-    world.pass_time(59)
-    assert world.run().reason == "ScaleUpStabilized"
-    world.pass_time(1)
-    assert world.run().reason == "ScaledUp"
-    assert world.replicas == 3
-
-
-@pytest.mark.parametrize(
-    ("direction", "settings_", "replicas", "reason", "after"),
-    [
-        ("up", {"SCALE_UP_STEP": "1"}, 1, "ScaledUp", 2),
-        ("up", {"SCALE_UP_STEP": "100%", "MAX_REPLICAS": "9"}, 2, "ScaledUp", 4),
-        ("up", {"SCALE_UP_STEP": "0"}, 1, "ScaleUpDisabled", 1),
-        ("down", {"SCALE_DOWN_STEP": "50%", "MAX_REPLICAS": "9"}, 7, "ScaledDown", 3),
-        ("down", {"SCALE_DOWN_STEP": "0"}, 3, "ScaleDownDisabled", 3),
-    ],
-)
-def test_a_step_limits_a_scale(
-    direction: str,
-    settings_: dict[str, str],
-    replicas: int,
-    reason: str,
-    after: int,
-    world: World,
-    queue: FakeFirestore,
-) -> None:
-    world.cluster.scale("worker", replicas)
-    queue.fill(9 if direction == "up" else 0)
-    run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0", **settings_)
-    assert (run.reason, world.replicas) == (reason, after), run
