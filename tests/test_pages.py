@@ -386,6 +386,7 @@ def test_the_bound_that_the_pages_name_is_that_of_the_guardrails() -> None:
 
 
 CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
+JOBS = ("queue-scaler-first", "scale-now", "scale-try")
 SCALER_LABELS = CRONJOB["metadata"]["labels"]
 
 
@@ -401,7 +402,7 @@ def kubectl_world(tmp_path: Path) -> Iterator[tuple[ForKubectl, World]]:
         cronjob["metadata"] |= {"namespace": "default", "uid": "1", "resourceVersion": "1"}
         cluster.objects = {
             "cronjobs": {"queue-scaler": cronjob},
-            "jobs": {name: ended_job(name) for name in ("scale-now", "scale-try")},
+            "jobs": {name: ended_job(name) for name in JOBS},
             "horizontalpodautoscalers": {NAME: ended_job(NAME)},
             "networkpolicies": {},
         }

@@ -59,7 +59,7 @@ class ForKubectl(FakeKubernetes):
         resource, _, name = path.partition("/namespaces/default/")[2].partition("/")
         if method == "POST":
             # `create job` sends protobuf, of which the name is enough; `create -f` sends JSON.
-            named = re.search(rb"^k8s.*?\n.([a-z-]+)\x12\x00", raw, re.DOTALL)
+            named = re.search(rb"^k8s.*?\n.([a-z0-9-]+)\x12\x00", raw, re.DOTALL)
             job = {} if named else json.loads(raw)
             ended = ended_job(named[1].decode() if named else job["metadata"]["name"])
             ended["spec"] |= job.get("spec", {})
