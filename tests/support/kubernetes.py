@@ -50,11 +50,7 @@ from tests.support.kubernetes_api import (
     forbidden,
     json_answer,
 )
-from tests.support.kubernetes_controllers import (
-    Controllers,
-    max_surge,
-    pod_status,
-)
+from tests.support.kubernetes_controllers import Controllers, pod_status
 from tests.support.kubernetes_objects import (
     ADMIN_GROUP,
     CONTROLLER,
@@ -63,19 +59,16 @@ from tests.support.kubernetes_objects import (
     Labels,
     Match,
     Object,
-    Problem,
     Request,
     Scale,
     Store,
     Writer,
     conflict,
-    invalid,
     merge,
     not_found,
     read_request,
     set_defaults,
     stamp,
-    wanted_replicas,
 )
 
 __all__ = [
@@ -143,26 +136,18 @@ def error_answer(
     request: Request, code: int, headers: Mapping[str, str] | None, message: str
 ) -> Answer:
     """The API server's own answer of that status to such a request."""
-    kind = KINDS.get(request.resource, KINDS["deployments"])
     if code == 429 and not message:  # overload protection answers in plain text, see the headers
-        text = "Too many requests, please try again later.\n"
         plain = {"Content-Type": "text/plain; charset=utf-8", "Retry-After": "1"}
-        return Answer(429, text.encode(), plain | dict(headers or {}))
-    texts = {
-        500: "Internal error occurred: etcdserver: request timed out",
-        503: "the server is currently unable to handle the request",
-        504: "Timeout: request did not complete within the allotted timeout",
-    }
+        text = b"Too many requests, please try again later.\n"
+        return Answer(429, text, plain | dict(headers or {}))
+    kind = KINDS.get(request.resource, KINDS["deployments"])
     known: dict[int, Callable[[], ApiError]] = {
-        401: lambda: ApiError(401, "Unauthorized"),
         403: lambda: forbidden(request),
         404: lambda: not_found(kind, request.name),
         409: lambda: conflict(kind, request.name),
-        422: lambda: invalid(kind, request.name, [Problem("spec", "Invalid value: refused")]),
     }
-    if message or code not in known:
-        error = ApiError(code, message or texts.get(code, HTTPStatus(code).phrase), {})
-    else:
+    error = ApiError(code, message or HTTPStatus(code).phrase)
+    if code in known and not message:
         error = known[code]()
     return json_answer(code, error.status, headers)
 
@@ -299,55 +284,23 @@ class _Handler(BaseHTTPRequestHandler):
 # --- Certificates --------------------------------------------------------------------------------
 
 
-def make_certificates() -> tuple[bytes, bytes]:
-    """A certificate authority (PEM) and a server's certificate with its key (PEM)."""
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fake-kubernetes-ca")])
+def make_certificate() -> tuple[bytes, bytes]:
+    """A certificate for loopback that vouches for itself (PEM), and its key (PEM)."""
+    key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kube-apiserver")])
-    signer = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    ca = (
-        _certificate(ca_name, ca_name, ca_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=True), critical=True)
-        .add_extension(signer, critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    signed_by = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer)
-    server = (
-        _certificate(name, ca_name, key)
+    begin = datetime.now(UTC) - timedelta(days=1)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + timedelta(days=30))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(signed_by, critical=False)
-        .sign(ca_key, hashes.SHA256())
+        .sign(key, hashes.SHA256())
     )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return ca.public_bytes(pem), server.public_bytes(pem) + secret
-
-
-def _certificate(
-    name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=30))
-    )
-
-
-def _key_usage(ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True, key_cert_sign=ca, crl_sign=ca, content_commitment=False,
-        key_encipherment=False, data_encipherment=False, key_agreement=False,
-        encipher_only=False, decipher_only=False,
-    )  # fmt: skip
+    pem, bare = serialization.Encoding.PEM, serialization.NoEncryption()
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, bare)
+    return certificate.public_bytes(pem), secret
 
 
 # --- The cluster ---------------------------------------------------------------------------------
@@ -593,28 +546,17 @@ class FakeKubernetes:
         )
 
     def start_rollout(
-        self, name: str, new_pods: int, old_pods: int | None = None, namespace: str = "default"
+        self, name: str, new_pods: int, old_pods: int, namespace: str = "default"
     ) -> None:
-        """Puts a rollout half-way, where it stays until `finish_rollout`."""
+        """Puts a rollout half-way, where it stays."""
         with self.store.lock:
             obj = self.store.objects[("deployments", namespace, name)]
-            most = wanted_replicas(obj) + max_surge(obj)
-            old_pods = max(0, most - new_pods) if old_pods is None else old_pods
             self.controllers.start_rollout(obj, new_pods, old_pods)
             self._touched(namespace, name)
 
-    def finish_rollout(self, name: str, namespace: str = "default") -> None:
-        with self.store.lock:
-            self.controllers.held.discard((namespace, name))
-            self._touched(namespace, name)
-
-    def keep_terminating(self, keep: bool = True) -> None:
-        """Lets deleted pods stay, marked as terminating; with False they go, now and later."""
-        with self.store.lock:
-            self.controllers.keep_terminating = keep
-            for pod in self.store.find("pods"):
-                if not keep and "deletionTimestamp" in pod["metadata"]:
-                    self.store.remove(KINDS["pods"], pod)
+    def keep_terminating(self) -> None:
+        """Lets deleted pods stay, from now on, marked as terminating."""
+        self.controllers.keep_terminating = True
 
     def set_pod(
         self,
@@ -699,10 +641,10 @@ def _read_body(raw: bytes) -> tuple[Any, ApiError | None]:
 
 
 def _server_context() -> tuple[ssl.SSLContext, bytes]:
-    ca, server = make_certificates()
+    certificate, key = make_certificate()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # ssl reads keys from files alone
-        file.write(server)
+        file.write(certificate + key)
         file.flush()
         context.load_cert_chain(file.name)
-    return context, ca
+    return context, certificate
