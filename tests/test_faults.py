@@ -287,6 +287,8 @@ MATRIX = [
 
 # --------------------------------------------------------------------------------- the faults
 
+GARBAGE = kubernetes.body(b"<html>not what you asked for</html>")
+CONFIG_MAP = b'{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":"other"}}'
 HTTP_FAULTS = {
     "never answers": kubernetes.hang(),
     "never answers, but acts": kubernetes.hang(applied=True),
@@ -296,10 +298,10 @@ HTTP_FAULTS = {
     "drips its answer": kubernetes.drip(0.2),
     "goes away before it acts": kubernetes.reset(),
     "goes away after it has acted": kubernetes.reset(applied=True),
-    "answers garbage": kubernetes.garbage(),
-    "answers garbage and does nothing": replace(kubernetes.garbage(), applied=False),
-    "answers nothing": kubernetes.empty(),
-    "answers with another kind": kubernetes.wrong_kind(),
+    "answers garbage": GARBAGE,
+    "answers garbage and does nothing": replace(GARBAGE, applied=False),
+    "answers nothing": kubernetes.body(b""),
+    "answers with another kind": kubernetes.body(CONFIG_MAP),
     "answers 429, retry after 1": kubernetes.answer(429, {"Retry-After": "1"}),
     "answers 429, retry after 600": kubernetes.answer(429, {"Retry-After": "600"}),
     "answers 503, retry after 600": kubernetes.answer(503, {"Retry-After": "600"}),

@@ -72,8 +72,8 @@ from tests.support.kubernetes_objects import (
 )
 
 __all__ = [
-    "Behaviour", "FakeKubernetes", "Fault", "Hook", "Match", "Request", "Scale", "answer", "body",
-    "cut", "drip", "empty", "garbage", "hang", "reset", "wrong_kind",
+    "Behaviour", "FakeKubernetes", "Match", "Request", "Scale", "answer", "body", "cut", "drip",
+    "hang", "reset",
 ]  # fmt: skip
 
 
@@ -115,21 +115,10 @@ def drip(seconds: float) -> Behaviour:
     return Behaviour("drip", True, seconds=seconds)
 
 
-def body(raw: bytes, content_type: str = "application/json", applied: bool = True) -> Behaviour:
+def body(raw: bytes, applied: bool = True) -> Behaviour:
     """Answers 200 with these bytes."""
-    return Behaviour("answer", applied, lambda _: Answer(200, raw, {"Content-Type": content_type}))
-
-
-def garbage() -> Behaviour:
-    return body(b"<html>not what you asked for</html>")
-
-
-def empty() -> Behaviour:
-    return body(b"")
-
-
-def wrong_kind() -> Behaviour:
-    return body(b'{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":"other"}}')
+    headers = {"Content-Type": "application/json"}
+    return Behaviour("answer", applied, lambda _: Answer(200, raw, headers))
 
 
 def error_answer(
@@ -153,35 +142,21 @@ def error_answer(
 
 
 @dataclass
-class Fault:
-    """A behaviour for matching requests: `times` of them (None: all), from the `nth` on."""
+class Rule:
+    """A fault or a hook: for matching requests from the `nth` on, `times` of them (None: all)."""
 
     match: Match
-    behaviour: Behaviour
+    act: Any
     times: int | None
-    nth: int
+    nth: int = 1
     seen: int = 0
-    hits: int = 0
 
-    def strikes(self, request: Request) -> bool:
+    def due(self, request: Request) -> bool:
+        """To be asked once about each request: it counts them."""
         if not self.match(request):
             return False
         self.seen += 1
-        if self.seen < self.nth or (self.times is not None and self.hits >= self.times):
-            return False
-        self.hits += 1
-        return True
-
-
-@dataclass
-class Hook:
-    """Something that happens just before or just after a matching request is applied."""
-
-    match: Match
-    call: Callable[[Request], object]
-    when: Literal["before", "after"]
-    times: int | None
-    hits: int = 0
+        return self.nth <= self.seen and (self.times is None or self.seen < self.nth + self.times)
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
@@ -323,8 +298,8 @@ class FakeKubernetes:
         self.api = Api(self.store, self.access, self.controllers)
         self.api.touched = self._touched
         self.requests: list[Request] = []
-        self._faults: list[Fault] = []
-        self._hooks: list[Hook] = []
+        self._faults: list[Rule] = []
+        self._hooks: dict[str, list[Rule]] = {"before": [], "after": []}
         self._server: _Server | None = None
         self._port = 0
         self._tls: ssl.SSLContext | None = None
@@ -389,26 +364,22 @@ class FakeKubernetes:
         path.chmod(0o600)
         return path
 
-    def write_service_account(
-        self, directory: Path, token: str = "", namespace: str = "default"
-    ) -> dict[str, str]:
+    def write_service_account(self, directory: Path) -> dict[str, str]:
         """The three files that a pod finds, and the environment that goes with them."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "token").write_text(token or self.admin_token)
-        (directory / "namespace").write_text(namespace)
+        directory.mkdir()
+        (directory / "token").write_text(self.admin_token)
+        (directory / "namespace").write_text("default")
         (directory / "ca.crt").write_bytes(self._ca)
-        return {
-            "KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(self._port),
-        }  # fmt: skip
+        port = str(self._port)
+        return {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
 
     # Faults
 
     def fault(
         self, match: Match, behaviour: Behaviour, times: int | None = 1, nth: int = 1
-    ) -> Fault:
-        """Lets matching requests go wrong; the result counts its `hits`."""
-        self._faults.append(Fault(match, behaviour, times, nth))
-        return self._faults[-1]
+    ) -> None:
+        """Lets matching requests go wrong; the fault set first wins."""
+        self._faults.append(Rule(match, behaviour, times, nth))
 
     def hook(
         self,
@@ -416,29 +387,27 @@ class FakeKubernetes:
         call: Callable[[Request], object],
         when: Literal["before", "after"] = "before",
         times: int | None = 1,
-    ) -> Hook:
+    ) -> None:
         """Calls `call(request)` just before or after a matching request takes effect."""
-        self._hooks.append(Hook(match, call, when, times))
-        return self._hooks[-1]
+        self._hooks[when].append(Rule(match, call, times))
 
     def clear_faults(self) -> None:
         self._faults.clear()
-        self._hooks.clear()
+        self._hooks = {"before": [], "after": []}
 
     def handle(
         self, method: str, target: str, raw: bytes, headers: Mapping[str, str]
     ) -> tuple[Answer, Behaviour | None]:
         """One request: what happens before, the answer, what happens after, the record."""
         who = self.access.identify(headers)
-        payload, bad = _read_body(raw)
+        payload = json.loads(raw) if raw else None
         request = read_request(method, target, payload, who.name, headers.get("user-agent", ""))
         with self.store.lock:
-            fault = next((f for f in self._faults if f.strikes(request)), None)
-        behaviour = fault.behaviour if fault else None
+            behaviour = next((rule.act for rule in self._faults if rule.due(request)), None)
         self._run_hooks(request, "before")
-        reply = json_answer(bad.code, bad.status) if bad else None
+        reply = None
         content_type = headers.get("content-type", "").split(";")[0].strip()
-        if reply is None and (behaviour is None or behaviour.applied):
+        if behaviour is None or behaviour.applied:
             reply = self.api.answer(request, who, content_type)
         if behaviour and behaviour.answer:
             reply = behaviour.answer(request)
@@ -449,13 +418,10 @@ class FakeKubernetes:
         return reply or Answer(0, b""), behaviour
 
     def _run_hooks(self, request: Request, when: str) -> None:
-        for hook in list(self._hooks):
-            with self.store.lock:
-                due = hook.times is None or hook.hits < hook.times
-                if hook.when != when or not due or not hook.match(request):
-                    continue
-                hook.hits += 1
-            hook.call(request)
+        with self.store.lock:
+            due = [rule.act for rule in self._hooks[when] if rule.due(request)]
+        for call in due:
+            call(request)
 
     def _touched(self, namespace: str, name: str) -> None:
         """Lets the controllers do whatever they have to do about a Deployment."""
@@ -629,15 +595,6 @@ class FakeKubernetes:
     @property
     def scales(self) -> list[Scale]:
         return self.store.scales
-
-
-def _read_body(raw: bytes) -> tuple[Any, ApiError | None]:
-    if not raw:
-        return None, None
-    try:
-        return json.loads(raw), None
-    except ValueError as error:
-        return None, ApiError(400, f"error decoding the body: {error}")
 
 
 def _server_context() -> tuple[ssl.SSLContext, bytes]:
