@@ -233,8 +233,7 @@ def test_a_write_that_changes_nothing_keeps_the_resource_version(server: Server)
         server.ok("PATCH", path, {"spec": {"replicas": 2}}, fieldManager="another"),
         server.ok("PATCH", path, annotated(who="me", absent=None)),
     ):
-        assert after["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]
-        assert after["metadata"]["managedFields"] == before["metadata"]["managedFields"]
+        assert after["metadata"] == before["metadata"]
 
 
 def test_every_write_of_the_controllers_moves_the_resource_version_on(server: Server) -> None:
@@ -258,23 +257,18 @@ def test_the_field_manager_that_changed_replicas_last_owns_them(server: Server) 
     theirs = server.ok("PATCH", path, scale(3), fieldManager="kubectl-edit")
     assert owners(theirs, "spec", "replicas") == [("kubectl-edit", "")]
     assert owners(theirs, *where) == [("queue-scaler", "")]
+    [entry] = [e for e in theirs["metadata"]["managedFields"] if e["manager"] == "kubectl-edit"]
+    when = datetime.strptime(entry.pop("time"), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    assert abs(datetime.now(UTC) - when) < timedelta(minutes=2)
+    assert entry == {
+        "manager": "kubectl-edit", "operation": "Update", "apiVersion": "apps/v1",
+        "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {"f:replicas": {}}},
+    }  # fmt: skip
     same = server.ok("PATCH", path, scale(3), fieldManager="another")
     assert owners(same, "spec", "replicas") == [("kubectl-edit", "")], "the same takes nothing over"
     unnamed = server.ok("PATCH", path, scale(4))
     assert owners(unnamed, "spec", "replicas") == [("contract-test", "")], "by the user agent"
     assert owners(unnamed, "spec", "selector") == [("creator", "")]
-
-
-def test_an_entry_says_how_and_when(server: Server) -> None:
-    path = server.add_deployment()
-    found = server.ok("PATCH", path, scale(2), fieldManager="queue-scaler")
-    [entry] = [e for e in found["metadata"]["managedFields"] if e["manager"] == "queue-scaler"]
-    when = datetime.strptime(entry.pop("time"), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-    assert abs(datetime.now(UTC) - when) < timedelta(minutes=2)
-    assert entry == {
-        "manager": "queue-scaler", "operation": "Update", "apiVersion": "apps/v1",
-        "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {"f:replicas": {}}},
-    }  # fmt: skip
 
 
 def test_the_scale_subresource_reads_and_writes_replicas_and_owns_them(server: Server) -> None:
@@ -440,7 +434,6 @@ kind: Role
 metadata: {{name: scaler}}
 rules:
 - {{apiGroups: [apps], resources: [deployments], resourceNames: [worker], verbs: [get, patch]}}
-- {{apiGroups: [""], resources: [pods], resourceNames: [one], verbs: [list]}}
 - {{apiGroups: [""], resources: [events], verbs: [create]}}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
@@ -451,20 +444,18 @@ subjects: [{{kind: ServiceAccount, name: scaler, namespace: {namespace}}}]
 """
 
 
-def test_a_role_allows_what_it_names_and_nothing_else(server: Server) -> None:
+def test_a_role_allows_what_it_names_and_a_refusal_says_who_cannot_do_what(server: Server) -> None:
     user = f"system:serviceaccount:{server.namespace}:scaler"
     headers = {"Impersonate-User": user}
     path, other = server.add_deployment(), server.add_deployment("other")
     server.load_rbac(ROLE.format(namespace=server.namespace))
     wait_for(lambda: server.call("GET", path, headers=headers).status == 200 or None)
 
-    def status(method: str, target: str, body: Any = None, **query: str) -> int:
-        return server.call(method, target, body, query=query, headers=headers).status
+    def status(method: str, target: str, body: Any = None) -> int:
+        return server.call(method, target, body, headers=headers).status
 
     assert status("PATCH", path, scale(1)) == 200
     assert status("GET", path) == 200
-    pods = server.path("pods")
-    assert status("GET", pods, fieldSelector="metadata.name=one") == 200
     denied = [
         status("PATCH", other, scale(1)),
         status("GET", other),
@@ -472,28 +463,18 @@ def test_a_role_allows_what_it_names_and_nothing_else(server: Server) -> None:
         status("PATCH", f"{path}/scale", scale(1)),
         status("PUT", path, {}),
         status("GET", server.path("deployments")),
-        status("GET", pods),
+        status("GET", server.path("pods")),
         status("GET", f"{APPS}/namespaces/default/deployments/worker"),
         status("GET", server.path("events")),
     ]
     assert denied == [403] * 9
     made = event(server, server.ok("GET", path))
     assert server.call("POST", server.path("events"), made, headers=headers).status == 201
-
-
-def test_a_refusal_says_who_cannot_do_what_where(server: Server) -> None:
-    user, space = "system:serviceaccount:ns:name", f'in the namespace "{server.namespace}"'
-    server.load_rbac(ROLE.format(namespace=server.namespace))
-    headers = {"Impersonate-User": user}
-    reply = server.call("PATCH", server.path("deployments", "nope"), {}, headers=headers)
+    reply = server.call("PATCH", other, {}, headers=headers)
     assert is_failure(reply, 403, "Forbidden")
     assert reply.body["message"] == (
-        f'deployments.apps "nope" is forbidden: User "{user}" cannot patch resource "deployments"'
-        f' in API group "apps" {space}'
-    )
-    reply = server.call("GET", server.path("pods"), headers=headers)
-    assert reply.body["message"] == (
-        f'pods is forbidden: User "{user}" cannot list resource "pods" in API group "" {space}'
+        f'deployments.apps "other" is forbidden: User "{user}" cannot patch resource "deployments"'
+        f' in API group "apps" in the namespace "{server.namespace}"'
     )
 
 

@@ -81,20 +81,6 @@ def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(
     assert "Too long: may not be more than 262144 bytes" in run.record["message"], run
 
 
-@pytest.mark.parametrize(
-    "name", ["last-scale-time", "recommendations", "queue-failing-since", "last-scale"]
-)
-def test_huge_values_in_our_annotations_are_cut_in_the_log_and_count_as_absent(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore, name: str
-) -> None:
-    queue.fill(5)
-    cluster.annotate("worker", **{f"queue-scaler/{name}": "so long " * 20_000})
-    run = world.run()
-    assert (run.reason, world.replicas) == ("ScaledUp", 3), run
-    assert all(len(line) < LINE_CHARACTERS for line in run.stdout.splitlines())
-    assert len(warnings(run)) == (name != "last-scale"), run
-
-
 def test_a_long_history_is_read_and_grows_no_longer(
     world: World, cluster: FakeKubernetes, queue: FakeFirestore
 ) -> None:

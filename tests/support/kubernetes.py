@@ -168,11 +168,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, cluster: FakeKubernetes, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, cluster: FakeKubernetes, tls: ssl.SSLContext | None) -> None:
         self.cluster = cluster
         self.closing = threading.Event()
         self._clients: dict[threading.Thread, socket.socket] = {}
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(("127.0.0.1", 0), _Handler)
         if tls:
             self.socket = tls.wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
@@ -311,7 +311,8 @@ class FakeKubernetes:
     # Life
 
     def __enter__(self) -> FakeKubernetes:
-        self.resume_listening()
+        self._server = _Server(self, self._tls)
+        self._port = self._server.server_address[1]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -322,10 +323,6 @@ class FakeKubernetes:
         if self._server:
             self._server.close()
             self._server = None
-
-    def resume_listening(self) -> None:
-        self._server = _Server(self._port, self, self._tls)
-        self._port = self._server.server_address[1]
 
     @property
     def url(self) -> str:
@@ -344,10 +341,9 @@ class FakeKubernetes:
         groups = ("system:serviceaccounts", f"system:serviceaccounts:{namespace}")
         return self.add_token(f"system:serviceaccount:{namespace}:{name}", groups=groups)
 
-    def load_rbac(self, manifest: Path | str, namespace: str = "default") -> None:
-        """Allows what this manifest (a path or its text) allows, and nothing else."""
-        text = manifest.read_text() if isinstance(manifest, Path) else manifest
-        self.access.load(text, namespace)
+    def load_rbac(self, manifest: str, namespace: str = "default") -> None:
+        """Allows what this manifest allows, and nothing else."""
+        self.access.load(manifest, namespace)
 
     def write_kubeconfig(self, path: Path, token: str = "", namespace: str = "default") -> Path:
         server: Object = {"server": self.url}

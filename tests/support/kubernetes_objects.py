@@ -143,9 +143,6 @@ def read_request(method: str, target: str, body: Any, user: str, agent: str) -> 
     parts = {key: urllib.parse.unquote(value or "") for key, value in found.items()}
     name = parts.get("name", "")
     verb = _verb(method, name, query) if match else method.lower()
-    selected = re.fullmatch(r"metadata\.name==?(.+)", query.get("fieldSelector", ""))
-    if verb in ("list", "watch", "deletecollection") and selected:
-        name = selected[1]  # so that a rule with resourceNames can allow such a list
     return Request(
         method, url.path, query, body, user, agent, 0, verb, parts.get("group", ""),
         parts.get("resource", ""), parts.get("subresource", ""), name, parts.get("namespace", ""),
