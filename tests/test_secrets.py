@@ -40,7 +40,7 @@ def check(world: World, run: Run, *secrets: str) -> None:
 @pytest.fixture(autouse=True)
 def verbose(world: World, cluster: FakeKubernetes) -> None:
     """The most talkative run there is, with a token that is easily found."""
-    cluster.add_token("scaler", TOKEN, groups=("system:masters",))
+    cluster.add_token("scaler", TOKEN, admin=True)
     world.settings = {"LOG_LEVEL": "DEBUG", "TIMEOUT_SECONDS": "3"}
 
 

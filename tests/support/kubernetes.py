@@ -52,7 +52,6 @@ from tests.support.kubernetes_api import (
 )
 from tests.support.kubernetes_controllers import Controllers, pod_status
 from tests.support.kubernetes_objects import (
-    ADMIN_GROUP,
     CONTROLLER,
     KINDS,
     ApiError,
@@ -306,7 +305,7 @@ class FakeKubernetes:
         self._ca = b""
         if tls:
             self._tls, self._ca = _server_context()
-        self.admin_token = self.add_token("kubernetes-admin", groups=(ADMIN_GROUP,))
+        self.admin_token = self.add_token("kubernetes-admin", admin=True)
 
     # Life
 
@@ -330,16 +329,15 @@ class FakeKubernetes:
 
     # Access
 
-    def add_token(self, user: str, token: str = "", groups: Sequence[str] = ()) -> str:
+    def add_token(self, user: str, token: str = "", admin: bool = False) -> str:
         """A bearer token for a user name, made up unless given."""
         token = token or secrets.token_urlsafe(24)
-        self.access.tokens[token] = Identity(user, ("system:authenticated", *groups))
+        self.access.tokens[token] = Identity(user, admin)
         return token
 
     def service_account(self, name: str, namespace: str = "default") -> str:
         """A token of that service account."""
-        groups = ("system:serviceaccounts", f"system:serviceaccounts:{namespace}")
-        return self.add_token(f"system:serviceaccount:{namespace}:{name}", groups=groups)
+        return self.add_token(f"system:serviceaccount:{namespace}:{name}")
 
     def load_rbac(self, manifest: str, namespace: str = "default") -> None:
         """Allows what this manifest allows, and nothing else."""

@@ -22,7 +22,6 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 REVISION = "deployment.kubernetes.io/revision"
 TEMPLATE_HASH = "pod-template-hash"
 CONTROLLER = "kube-controller-manager"
-ADMIN_GROUP = "system:masters"
 ANNOTATIONS_LIMIT = 256 * 1024  # bytes
 SAFE_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # what upstream makes names of: no vowels, no words
 
