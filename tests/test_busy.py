@@ -241,10 +241,13 @@ def test_a_job_claimed_between_the_marking_and_the_patch_protects_its_pod(
     assert sorted(live(world)) == sorted([*busy, late]), run
 
 
+@pytest.mark.parametrize("order", [None, "2"])
 def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones(
-    world: World, queue: FakeFirestore
+    world: World, queue: FakeFirestore, order: str | None
 ) -> None:
-    """The one that finished still carries the mark, and would outlive the others by its age."""
+    """The one that finished still carries the mark, and would outlive the others by its age. It
+    goes at the next look or, where a person orders the number, at once."""
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": order})
     world.cluster.scale("worker", 3)
     stays, finishes, claims = live(world)
     world.cluster.set_pod(finishes, created=START - timedelta(days=99), ready_since=START)
@@ -257,6 +260,7 @@ def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones
     queue.hook(SECOND_LOOK, meanwhile)
     run = world.run()
     assert {stays, claims} <= set(live(world)), run
+    assert len(live(world)) == (2 if order else 3), run
     world.pass_time()
     world.run()
     assert sorted(live(world)) == sorted([stays, claims]), "the next run takes the idle one"

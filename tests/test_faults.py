@@ -288,7 +288,7 @@ MATRIX = [
 # --------------------------------------------------------------------------------- the faults
 
 GARBAGE = kubernetes.body(b"<html>not what you asked for</html>")
-CONFIG_MAP = b'{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":"other"}}'
+CONFIG_MAPS = b'{"kind":"ConfigMapList","apiVersion":"v1","metadata":{},"items":[]}'
 HTTP_FAULTS = {
     "never answers": kubernetes.hang(),
     "never answers, but acts": kubernetes.hang(applied=True),
@@ -301,7 +301,7 @@ HTTP_FAULTS = {
     "answers garbage": GARBAGE,
     "answers garbage and does nothing": replace(GARBAGE, applied=False),
     "answers nothing": kubernetes.body(b""),
-    "answers with another kind": kubernetes.body(CONFIG_MAP),
+    "answers with another kind": kubernetes.body(CONFIG_MAPS),
     "answers 429, retry after 1": kubernetes.answer(429, {"Retry-After": "1"}),
     "answers 429, retry after 600": kubernetes.answer(429, {"Retry-After": "600"}),
     "answers 503, retry after 600": kubernetes.answer(503, {"Retry-After": "600"}),
@@ -446,8 +446,9 @@ def check(scene: Scene, run: Run, ending: str, budget_seconds: float) -> None:
 
 
 def check_events(scene: Scene, run: Run, ending: str) -> None:
-    messages = [str(event["message"]) for event in scene.cluster.events()]
-    sizes = [message.split(";")[0] for message in messages]
+    sizes = [str(event["message"]).split(";")[0] for event in scene.cluster.events()]
+    about = {event["involvedObject"]["uid"] for event in scene.cluster.events()}
+    assert about <= {scene.cluster.deployment("worker")["metadata"]["uid"]}, run
     if ending == "succeeds":
         assert sizes == [f"New size: {scene.after}"], run
     elif ending in ("warns", "scales"):

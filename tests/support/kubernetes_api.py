@@ -161,7 +161,7 @@ class Api:
         if obj is None:
             raise not_found(kind, request.name)
         if request.verb == "delete":
-            return 200, self._delete(kind, obj)
+            return 200, self._delete(obj)
         if request.verb == "patch":
             obj = self._write(kind, obj, request, content_type)
         return 200, scale_of(obj) if request.subresource == "scale" else obj
@@ -196,8 +196,7 @@ class Api:
         """PATCH of an object or of its scale."""
         scaling = request.subresource == "scale"
         shown_kind, shown = (SCALE, scale_of(old)) if scaling else (kind, old)
-        new = apply_patch(shown, request.body, content_type)
-        new = copy.deepcopy(new)
+        new = copy.deepcopy(apply_patch(shown, request.body, content_type))
         read = new["metadata"].get("resourceVersion")
         if read and read != old["metadata"]["resourceVersion"]:
             raise conflict(kind, request.name)
@@ -214,19 +213,15 @@ class Api:
             self._touch(kind, new)
         return new
 
-    def _delete(self, kind: Kind, obj: Object) -> Object:
-        if kind.resource == "pods":
-            self.controllers.delete_pod(obj)
-        else:
-            self.store.remove(kind, obj)
-        self._touch(kind, obj)
-        return obj
+    def _delete(self, pod: Object) -> Object:
+        self.controllers.delete_pod(pod)
+        self.touch_owner(pod)
+        return pod
 
     def _touch(self, kind: Kind, obj: Object) -> None:
         """Wakes the controllers for the Deployment that a write is about."""
-        meta = obj["metadata"]
         if kind.resource == "deployments":
-            self.touched(meta["namespace"], meta["name"])
+            self.touched(obj["metadata"]["namespace"], obj["metadata"]["name"])
         elif kind.resource == "pods":
             self.touch_owner(obj)
 

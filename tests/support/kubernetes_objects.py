@@ -51,7 +51,7 @@ KINDS = {
     kind.resource: kind
     for kind in (
         Kind("deployments", "Deployment", "apps",
-             {"": "get list create patch delete", "scale": "get patch"}),
+             {"": "get list create patch", "scale": "get patch"}),
         Kind("replicasets", "ReplicaSet", "apps", {"": "get list"}),
         Kind("pods", "Pod", "", {"": "get list patch delete"}),
         Kind("events", "Event", "", {"": "get list create"}),
@@ -389,8 +389,6 @@ class Scale:
     manager: str
     before: int
     after: int
-    name: str
-    namespace: str
 
 
 def stamp(moment: datetime) -> str:
@@ -471,10 +469,7 @@ class Store:
     def _note_scale(self, old: Object, new: Object, writer: Writer) -> None:
         before, after = wanted_replicas(old), wanted_replicas(new)
         if before != after:
-            meta = new["metadata"]
-            self.scales.append(
-                Scale(self.clock(), writer.manager, before, after, meta["name"], meta["namespace"])
-            )
+            self.scales.append(Scale(self.clock(), writer.manager, before, after))
 
 
 def _bumps_generation(kind: Kind, old: Object, new: Object) -> bool:
