@@ -144,6 +144,16 @@ def test_what_is_no_deployment_is_not_acted_on(
     assert cluster.calls(PATCH) == []
 
 
+@pytest.mark.parametrize("value", [None, -1])
+def test_a_count_that_is_none_holds_the_replicas(
+    world: World, cluster: FakeKubernetes, queue: FakeFirestore, value: int | None
+) -> None:
+    cluster.scale("worker", 3)
+    queue.fault("count", CountAs(value))
+    run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0", TIMEOUT_SECONDS="3")
+    assert (run.exit_code, run.reason, world.replicas) == (1, "QueueUnavailable", 3), run
+
+
 @pytest.mark.parametrize("value", [1000, 1001, 2**31, 2**63 - 1])
 def test_a_count_beyond_the_limit_is_that_many_or_more(
     world: World, queue: FakeFirestore, value: int
