@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import scaler
 from tests.support import firestore, kubernetes
 from tests.support.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
 from tests.support.kubernetes import FakeKubernetes, Match
-from tests.support.proxy import ChaosProxy
+from tests.support.proxy import ChaosProxy, Mode
 from tests.support.world import BUSY, PROJECT, START, Run, World
 
 SHORT_SECONDS = 5  # the budget of a run that uses it up
@@ -75,14 +75,7 @@ def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Itera
         kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
         kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
         settings = {"KUBECONFIG": str(kubeconfig), **settings}
-        world = World(
-            cluster,
-            front.host,
-            now=START,
-            settings=settings,
-            directory=Path(directory),
-            process=process,
-        )
+        world = World(cluster, front.host, "worker", START, settings, Path(directory), process)
         scene = Scene(world, queue, api, front, replicas, wanted)
         try:
             yield scene
@@ -137,12 +130,8 @@ def about_pods(call: firestore.Call) -> bool:
 READ = Call("reading the Deployment", Match("get", "deployments"), needs="get on deployments")
 LIST = Call("listing the pods", Match("list", "pods"), needs="list on pods")
 MARK = Call("marking pods", Match("patch", "pods"), needs="patch on pods")
-DOWN = Call(
-    "patching the Deployment",
-    Match("patch", "deployments"),
-    "scaling down",
-    "patch on deployments",
-)
+PATCH = Match("patch", "deployments")
+DOWN = Call("patching the Deployment", PATCH, "scaling down", "patch on deployments")
 UP = replace(DOWN, id="scaling up", world=scaling_up)
 EVENT = Call("writing the Event", Match("create", "events"), needs="create on events")
 WAITING = Call("counting waiting jobs", On("count", where=lambda call: not about_pods(call)))
@@ -159,105 +148,58 @@ AGAIN = replace(LOOK, id="reading again which pods are busy", after_marking=True
 # unknown   exit 1: whether the patch arrived could not be found out, which the run says
 # person    exit 2: nothing is changed, and the run says what a person has to do
 # -         not a case of this matrix
+#
+# An indented line goes on with the faults of the row before it.
 
 CLUSTER_CALLS = (READ, LIST, MARK, DOWN, UP, EVENT)
 
 # Twice, or for as long as OUTAGE_SECONDS; after that everything is well.
 API_SERVER_PASSING = """
-                                 read      list      mark      down      up        event
-resets before it acts            succeeds  succeeds  succeeds  succeeds  succeeds  warns
-resets after it has acted        succeeds  succeeds  succeeds  succeeds  succeeds  warns
-breaks off in mid-answer         succeeds  succeeds  succeeds  succeeds  succeeds  warns
-goes away before it acts         succeeds  succeeds  succeeds  succeeds  succeeds  warns
-goes away after it has acted     succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers garbage                  succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers nothing                  succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers with another kind        succeeds  succeeds  succeeds  succeeds  succeeds  succeeds
-answers 408                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 409                      -         -         succeeds  succeeds  succeeds  warns
-answers 429                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 429, retry after 1       succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 500                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 502                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 503                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 504                      succeeds  succeeds  succeeds  succeeds  succeeds  warns
-answers 504, but acts            succeeds  succeeds  succeeds  succeeds  succeeds  warns
+read      list      mark      down      up        event
+succeeds  succeeds  succeeds  succeeds  succeeds  warns     resets before it acts
+    | resets after it has acted | goes away before it acts | goes away after it has acted
+    | breaks off in mid-answer | answers garbage | answers nothing
+    | answers 408/429/500/502/503/504 | answers 429, retry after 1 | answers 504, but acts
+succeeds  succeeds  succeeds  succeeds  succeeds  succeeds  answers with another kind
+-         -         succeeds  succeeds  succeeds  warns     answers 409
 """
 
 # A 404 for a pod means that it is gone; a test of its own is below.
 API_SERVER_STAYING = """
-                                 read      list      mark      down      up        event
-never answers                    holds     holds     holds     unknown   unknown   warns
-never answers, but acts          holds     holds     holds     succeeds  succeeds  warns
-resets before it acts            holds     holds     holds     unknown   unknown   warns
-resets after it has acted        holds     holds     holds     succeeds  succeeds  warns
-breaks off in mid-answer         holds     holds     holds     succeeds  succeeds  warns
-drips its answer                 holds     holds     holds     unknown   unknown   scales
-goes away before it acts         holds     holds     holds     unknown   unknown   warns
-goes away after it has acted     holds     holds     holds     unknown   unknown   warns
-answers garbage                  holds     holds     holds     succeeds  succeeds  warns
-answers nothing                  holds     holds     holds     succeeds  succeeds  warns
-answers garbage and does nothing holds     holds     holds     unknown   unknown   warns
-answers with another kind        holds     holds     succeeds  succeeds  succeeds  succeeds
-answers 400                      person    person    person    person    person    warns
-answers 401                      person    person    person    person    person    warns
-answers 403                      person    person    person    person    person    warns
-answers 404                      person    person    -         person    person    warns
-answers 408                      holds     holds     holds     holds     holds     warns
-answers 409                      holds     holds     holds     holds     holds     warns
-answers 422                      person    person    person    person    person    warns
-answers 429                      holds     holds     holds     holds     holds     warns
-answers 429, retry after 600     holds     holds     holds     holds     holds     warns
-answers 500                      holds     holds     holds     unknown   unknown   warns
-answers 502                      holds     holds     holds     unknown   unknown   warns
-answers 503                      holds     holds     holds     unknown   unknown   warns
-answers 503, retry after 600     holds     holds     holds     unknown   unknown   warns
-answers 504                      holds     holds     holds     unknown   unknown   warns
-answers 504, but acts            holds     holds     holds     succeeds  succeeds  warns
+read      list      mark      down      up        event
+holds     holds     holds     unknown   unknown   warns     never answers | resets before it acts
+    | goes away before it acts | goes away after it has acted | answers garbage and does nothing
+    | answers 500/502/503/504 | answers 503, retry after 600
+holds     holds     holds     unknown   unknown   scales    drips its answer
+holds     holds     holds     succeeds  succeeds  warns     never answers, but acts
+    | resets after it has acted | breaks off in mid-answer | answers garbage | answers nothing
+    | answers 504, but acts
+holds     holds     succeeds  succeeds  succeeds  succeeds  answers with another kind
+holds     holds     holds     holds     holds     warns     answers 408/409/429
+    | answers 429, retry after 600
+person    person    person    person    person    warns     answers 400/401/403/422
+person    person    -         person    person    warns     answers 404
 """
 
 QUEUE_CALLS = (WAITING, BUSY_JOBS, LOOK, AGAIN)
 
 FIRESTORE_PASSING = """
-                                 waiting   busy      look      again
-answers ABORTED                  succeeds  succeeds  succeeds  succeeds
-answers CANCELLED                succeeds  succeeds  succeeds  succeeds
-answers DEADLINE_EXCEEDED        succeeds  succeeds  succeeds  succeeds
-answers INTERNAL                 succeeds  succeeds  succeeds  succeeds
-answers RESOURCE_EXHAUSTED       succeeds  succeeds  succeeds  succeeds
-answers UNAVAILABLE              succeeds  succeeds  succeeds  succeeds
-resets before the answer         succeeds  succeeds  succeeds  succeeds
-breaks off in mid-answer         succeeds  succeeds  succeeds  succeeds
-goes away                        succeeds  succeeds  succeeds  succeeds
+waiting   busy      look      again
+succeeds  succeeds  succeeds  succeeds  answers ABORTED/CANCELLED/DEADLINE_EXCEEDED/INTERNAL
+    | answers RESOURCE_EXHAUSTED/UNAVAILABLE | resets before the answer
+    | breaks off in mid-answer | goes away
 """
 
 FIRESTORE_STAYING = """
-                                 waiting   busy      look      again
-answers ABORTED                  holds     holds     holds     holds
-answers CANCELLED                holds     holds     holds     holds
-answers DEADLINE_EXCEEDED        holds     holds     holds     holds
-answers INTERNAL                 holds     holds     holds     holds
-answers RESOURCE_EXHAUSTED       holds     holds     holds     holds
-answers UNAVAILABLE              holds     holds     holds     holds
-answers ALREADY_EXISTS           holds     holds     holds     holds
-answers DATA_LOSS                holds     holds     holds     holds
-answers OUT_OF_RANGE             holds     holds     holds     holds
-answers UNIMPLEMENTED            holds     holds     holds     holds
-answers UNKNOWN                  holds     holds     holds     holds
-answers FAILED_PRECONDITION      person    person    person    person
-answers INVALID_ARGUMENT         person    person    person    person
-answers NOT_FOUND                person    person    person    person
-answers PERMISSION_DENIED        person    person    person    person
-answers UNAUTHENTICATED          person    person    person    person
-never answers                    holds     holds     holds     holds
-resets before the answer         holds     holds     holds     holds
-breaks off in mid-answer         holds     holds     holds     holds
-drips its answer                 holds     holds     holds     holds
-swallows all packets             holds     holds     holds     holds
-goes away                        holds     holds     holds     holds
-ends without an answer           holds     holds     -         -
-counts nothing                   holds     holds     -         -
-counts less than none            holds     holds     -         -
+waiting   busy      look      again
+holds     holds     holds     holds     answers ABORTED/CANCELLED/DEADLINE_EXCEEDED/INTERNAL
+    | answers RESOURCE_EXHAUSTED/UNAVAILABLE | answers ALREADY_EXISTS/DATA_LOSS/OUT_OF_RANGE
+    | answers UNIMPLEMENTED/UNKNOWN | never answers | resets before the answer
+    | breaks off in mid-answer | drips its answer | swallows all packets | goes away
+person    person    person    person    answers FAILED_PRECONDITION/INVALID_ARGUMENT/NOT_FOUND
+    | answers PERMISSION_DENIED/UNAUTHENTICATED
+holds     holds     -         -         ends without an answer | counts nothing
+    | counts less than none
 """
 
 FROM_THE_START = (
@@ -266,12 +208,10 @@ FROM_THE_START = (
 )
 
 NOBODY_THERE = """
-                                 server    firestore
-refuses connections              holds     holds
-resets connections               holds     holds
-swallows all packets             holds     holds
-drips its answer                 holds     holds
-is slow                          succeeds  succeeds
+server    firestore
+holds     holds     refuses connections | resets connections | swallows all packets
+    | drips its answer
+succeeds  succeeds  is slow
 """
 
 # What the answers that wait for a person have to say, by what was refused.
@@ -325,15 +265,16 @@ class Cell:
 
 
 def read_table(table: str, calls: tuple[Call, ...], passing: bool) -> Iterator[Cell]:
-    header, *rows = table.strip("\n").splitlines()
+    header, *rows = table.strip().replace("\n    |", " |").splitlines()
     assert len(header.split()) == len(calls), header
     for row in rows:
-        *_, fault, _ = re.split(r"^(.{32}) ", row)
-        endings = row[33:].split()
-        assert len(endings) == len(calls), row
-        for call, ending in zip(calls, endings, strict=True):
-            if ending != "-":
-                yield Cell(call, fault.strip(), passing, ending)
+        *endings, faults = row.split(maxsplit=len(calls))
+        for fault in faults.split(" | "):
+            answers = fault.removeprefix("answers ").split("/")
+            each = [f"answers {answer}" for answer in answers] if len(answers) > 1 else [fault]
+            for (call, ending), name in product(zip(calls, endings, strict=True), each):
+                if ending != "-":
+                    yield Cell(call, name, passing, ending)
 
 
 MATRIX = [
@@ -346,6 +287,8 @@ MATRIX = [
 
 # --------------------------------------------------------------------------------- the faults
 
+GARBAGE = kubernetes.body(b"<html>not what you asked for</html>")
+CONFIG_MAPS = b'{"kind":"ConfigMapList","apiVersion":"v1","metadata":{},"items":[]}'
 HTTP_FAULTS = {
     "never answers": kubernetes.hang(),
     "never answers, but acts": kubernetes.hang(applied=True),
@@ -355,10 +298,10 @@ HTTP_FAULTS = {
     "drips its answer": kubernetes.drip(0.2),
     "goes away before it acts": kubernetes.reset(),
     "goes away after it has acted": kubernetes.reset(applied=True),
-    "answers garbage": kubernetes.garbage(),
-    "answers garbage and does nothing": replace(kubernetes.garbage(), applied=False),
-    "answers nothing": kubernetes.empty(),
-    "answers with another kind": kubernetes.wrong_kind(),
+    "answers garbage": GARBAGE,
+    "answers garbage and does nothing": replace(GARBAGE, applied=False),
+    "answers nothing": kubernetes.body(b""),
+    "answers with another kind": kubernetes.body(CONFIG_MAPS),
     "answers 429, retry after 1": kubernetes.answer(429, {"Retry-After": "1"}),
     "answers 429, retry after 600": kubernetes.answer(429, {"Retry-After": "600"}),
     "answers 503, retry after 600": kubernetes.answer(503, {"Retry-After": "600"}),
@@ -384,12 +327,12 @@ NETWORK_FAULTS: Mapping[str, Callable[[ChaosProxy, int], None]] = {
 }
 
 
-FIRST_FAULTS: Mapping[str, Callable[[ChaosProxy], None]] = {
-    "refuses connections": lambda proxy: proxy.become("refuse"),
-    "resets connections": lambda proxy: proxy.become("reset"),
-    "swallows all packets": lambda proxy: proxy.become("swallow"),
-    "drips its answer": lambda proxy: proxy.become("drip", seconds=0.2),
-    "is slow": lambda proxy: proxy.become("delay", seconds=0.2),
+FIRST_FAULTS: Mapping[str, tuple[Mode, float]] = {
+    "refuses connections": ("refuse", 0),
+    "resets connections": ("reset", 0),
+    "swallows all packets": ("swallow", 0),
+    "drips its answer": ("drip", 0.2),
+    "is slow": ("delay", 0.2),
 }
 
 
@@ -408,7 +351,9 @@ def strike(scene: Scene, cell: Cell) -> None:
     """Set the fault of a cell up."""
     times = 2 if cell.passing else None
     if cell.call.from_the_start:
-        FIRST_FAULTS[cell.fault](scene.api if isinstance(cell.call.on, Match) else scene.firestore)
+        proxy = scene.api if isinstance(cell.call.on, Match) else scene.firestore
+        mode, seconds = FIRST_FAULTS[cell.fault]
+        proxy.become(mode, seconds=seconds)
     elif isinstance(cell.call.on, Match):
         strike_cluster(scene, cell.call.on, cell.fault, times)
     elif cell.call.after_marking:
@@ -501,8 +446,9 @@ def check(scene: Scene, run: Run, ending: str, budget_seconds: float) -> None:
 
 
 def check_events(scene: Scene, run: Run, ending: str) -> None:
-    messages = [str(event["message"]) for event in scene.cluster.events()]
-    sizes = [message.split(";")[0] for message in messages]
+    sizes = [str(event["message"]).split(";")[0] for event in scene.cluster.events()]
+    about = {event["involvedObject"]["uid"] for event in scene.cluster.events()}
+    assert about <= {scene.cluster.deployment("worker")["metadata"]["uid"]}, run
     if ending == "succeeds":
         assert sizes == [f"New size: {scene.after}"], run
     elif ending in ("warns", "scales"):
@@ -588,7 +534,7 @@ def test_every_call_meets_faults_that_pass_and_faults_that_stay() -> None:
 
 # ----------------------------------------------------------- conflicts and unknown outcomes
 
-PATCH = Match("patch", "deployments")
+READ_AGAIN = Match("get", "deployments")
 
 
 def test_a_patch_whose_answer_is_lost_is_looked_up_and_not_sent_again() -> None:
@@ -598,9 +544,6 @@ def test_a_patch_whose_answer_is_lost_is_looked_up_and_not_sent_again() -> None:
         check(scene, run, "succeeds", 45)
         assert len(scene.cluster.calls(PATCH)) == 1
         assert len(scene.cluster.calls(READ_AGAIN)) == 2
-
-
-READ_AGAIN = Match("get", "deployments")
 
 
 def test_a_lost_answer_and_then_another_hand_leave_one_scale_of_ours() -> None:
@@ -631,15 +574,6 @@ def test_a_late_patch_and_its_repetition_scale_once() -> None:
         run = scene.world.run()
         check(scene, run, "succeeds", 45)
         assert [call.status for call in scene.cluster.calls(PATCH)] == [504, 409]
-
-
-def test_a_pause_that_comes_in_between_is_obeyed() -> None:
-    pause = {"queue-scaler/paused": "true"}
-    with scaling_up() as scene:
-        scene.cluster.hook(PATCH, lambda _: scene.cluster.annotate("worker", **pause))
-        run = scene.world.run()
-        assert (run.exit_code, run.reason, scene.world.replicas) == (0, "Paused", 1), run
-        assert scene.cluster.scales == []
 
 
 def test_a_short_retry_after_is_waited_for() -> None:
@@ -762,20 +696,15 @@ def test_sigterm_after_a_patch_whose_answer_was_lost_claims_nothing() -> None:
 @pytest.mark.slow
 def test_a_login_helper_that_hangs_is_cut_off_by_the_budget() -> None:
     with scaling_up(process=True, TIMEOUT_SECONDS="2") as scene:
-        run = scene.world.run(KUBECONFIG=str(with_login_helper(scene, "sleep", "60")))
+        kubeconfig = yaml.safe_load(Path(scene.world.settings["KUBECONFIG"]).read_text())
+        helper = {"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never"}
+        user = {"exec": {**helper, "command": "sleep", "args": ["60"]}}
+        kubeconfig["users"][0]["user"] = user
+        path = scene.world.directory / "with-login-helper"
+        path.write_text(yaml.safe_dump(kubeconfig))
+        run = scene.world.run(KUBECONFIG=str(path))
         assert run.exit_code == 1 and run.seconds <= 4, run
         assert "out of time (TIMEOUT_SECONDS=2) while loading the Kubernetes client" in told(run)
-
-
-def with_login_helper(scene: Scene, *command: str) -> Path:
-    """A kubeconfig as cloud providers write them: a command prints the token."""
-    kubeconfig = yaml.safe_load(Path(scene.world.settings["KUBECONFIG"]).read_text())
-    helper = {"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never"}
-    arguments = {"command": command[0], "args": list(command[1:])}
-    kubeconfig["users"][0]["user"] = {"exec": {**helper, **arguments}}
-    path = scene.world.directory / "with-login-helper"
-    path.write_text(yaml.safe_dump(kubeconfig))
-    return path
 
 
 BROKEN: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., None]], None]] = {
@@ -891,12 +820,3 @@ def test_what_a_person_has_to_change_falls_back_too_and_still_says_so() -> None:
     with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as scene:
         scene.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, "no"))
         assert failing_minutes(scene, 2) == [(2, "Forbidden", 1), (2, "Fallback", 2)]
-
-
-def test_a_fallback_meets_a_conflict_like_any_other_scale() -> None:
-    with scaling_up(FALLBACK_REPLICAS="3", FALLBACK_AFTER_SECONDS="0") as scene:
-        scene.queue.fault("count", UNREADABLE)
-        scene.cluster.fault(PATCH, kubernetes.answer(409), times=2)
-        scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
-        assert failing_minutes(scene, 2) == [(1, "Fallback", 3)] * 2
-        assert len(scene.cluster.scales) == len(scene.cluster.events()) == 1

@@ -10,6 +10,7 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support.firestore import Fail, FakeFirestore
 from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.kubernetes_objects import Object
 from tests.support.world import Run, World
 
 HPA = "kube-controller-manager"
@@ -21,13 +22,10 @@ def warnings(run: Run) -> list[str]:
 
 
 def set_replicas(cluster: FakeKubernetes, replicas: int, manager: str, subresource: str) -> None:
-    cluster.edit(
-        "deployments",
-        "worker",
-        lambda d: d["spec"].update(replicas=replicas),
-        manager=manager,
-        subresource=subresource,
-    )
+    def change(deployment: Object) -> None:
+        deployment["spec"]["replicas"] = replicas
+
+    cluster.edit("deployments", "worker", change, manager=manager, subresource=subresource)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +104,9 @@ def test_whoever_writes_other_fields_is_no_master(
     world: World, cluster: FakeKubernetes, queue: FakeFirestore
 ) -> None:
     queue.fill(1)
-    cluster.edit(
-        "deployments", "worker", lambda d: d["spec"].update(paused=True), manager="rancher"
-    )
-    cluster.edit(
-        "deployments",
-        "worker",
-        lambda d: d["metadata"].update(annotations={"example.com/owner": "a team"}),
-        manager="annotator",
-    )
+    paused, owner = {"paused": True}, {"example.com/owner": "a team"}
+    cluster.edit("deployments", "worker", lambda d: d["spec"].update(paused), manager="rancher")
+    cluster.annotate("worker", **owner)
     assert warnings(world.run()) == []
 
 

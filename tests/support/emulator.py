@@ -96,17 +96,7 @@ def find_jar() -> Path | str:
     beside = Path(gcloud).resolve().parents[1] / COMPONENT
     if beside.is_file():
         return beside
-    told = Path(sdk_root(gcloud)) / COMPONENT
-    if told.is_file():
-        return told
     return "no Firestore emulator: try `gcloud components install cloud-firestore-emulator`"
-
-
-def sdk_root(gcloud: str) -> str:
-    asked = [gcloud, "info", "--format=value(installation.sdk_root)"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.strip()
-    return ""
 
 
 def find_java() -> str | None:

@@ -36,7 +36,6 @@ MAX_DISJUNCTIONS = 30
 INDEX_ENTRIES_PER_READ = 1_000
 NAME = re.compile(r"projects/([^/]+)/databases/([^/]+)/documents(?:/(.+))?")
 RESERVED = re.compile(r"__.*__", re.DOTALL)
-KINDS = {"RunAggregationQuery": "count", "RunQuery": "query"}
 OPERATORS = {
     1: "<", 2: "<=", 3: ">", 4: ">=", 5: "==", 6: "!=",
     7: "array-contains", 8: "in", 9: "array-contains-any", 10: "not-in",

@@ -50,37 +50,29 @@ from tests.support.kubernetes_api import (
     forbidden,
     json_answer,
 )
-from tests.support.kubernetes_controllers import (
-    Controllers,
-    max_surge,
-    pod_status,
-)
+from tests.support.kubernetes_controllers import Controllers, pod_status
 from tests.support.kubernetes_objects import (
-    ADMIN_GROUP,
     CONTROLLER,
     KINDS,
     ApiError,
     Labels,
     Match,
     Object,
-    Problem,
     Request,
     Scale,
     Store,
     Writer,
     conflict,
-    invalid,
     merge,
     not_found,
     read_request,
     set_defaults,
     stamp,
-    wanted_replicas,
 )
 
 __all__ = [
-    "Behaviour", "FakeKubernetes", "Fault", "Hook", "Match", "Request", "Scale", "answer", "body",
-    "cut", "drip", "empty", "garbage", "hang", "reset", "wrong_kind",
+    "Behaviour", "FakeKubernetes", "Match", "Request", "Scale", "answer", "body", "cut", "drip",
+    "hang", "reset",
 ]  # fmt: skip
 
 
@@ -122,81 +114,48 @@ def drip(seconds: float) -> Behaviour:
     return Behaviour("drip", True, seconds=seconds)
 
 
-def body(raw: bytes, content_type: str = "application/json", applied: bool = True) -> Behaviour:
+def body(raw: bytes, applied: bool = True) -> Behaviour:
     """Answers 200 with these bytes."""
-    return Behaviour("answer", applied, lambda _: Answer(200, raw, {"Content-Type": content_type}))
-
-
-def garbage() -> Behaviour:
-    return body(b"<html>not what you asked for</html>")
-
-
-def empty() -> Behaviour:
-    return body(b"")
-
-
-def wrong_kind() -> Behaviour:
-    return body(b'{"kind":"ConfigMap","apiVersion":"v1","metadata":{"name":"other"}}')
+    headers = {"Content-Type": "application/json"}
+    return Behaviour("answer", applied, lambda _: Answer(200, raw, headers))
 
 
 def error_answer(
     request: Request, code: int, headers: Mapping[str, str] | None, message: str
 ) -> Answer:
     """The API server's own answer of that status to such a request."""
-    kind = KINDS.get(request.resource, KINDS["deployments"])
     if code == 429 and not message:  # overload protection answers in plain text, see the headers
-        text = "Too many requests, please try again later.\n"
         plain = {"Content-Type": "text/plain; charset=utf-8", "Retry-After": "1"}
-        return Answer(429, text.encode(), plain | dict(headers or {}))
-    texts = {
-        500: "Internal error occurred: etcdserver: request timed out",
-        503: "the server is currently unable to handle the request",
-        504: "Timeout: request did not complete within the allotted timeout",
-    }
+        text = b"Too many requests, please try again later.\n"
+        return Answer(429, text, plain | dict(headers or {}))
+    kind = KINDS.get(request.resource, KINDS["deployments"])
     known: dict[int, Callable[[], ApiError]] = {
-        401: lambda: ApiError(401, "Unauthorized"),
         403: lambda: forbidden(request),
         404: lambda: not_found(kind, request.name),
         409: lambda: conflict(kind, request.name),
-        422: lambda: invalid(kind, request.name, [Problem("spec", "Invalid value: refused")]),
     }
-    if message or code not in known:
-        error = ApiError(code, message or texts.get(code, HTTPStatus(code).phrase), {})
-    else:
+    error = ApiError(code, message or HTTPStatus(code).phrase)
+    if code in known and not message:
         error = known[code]()
     return json_answer(code, error.status, headers)
 
 
 @dataclass
-class Fault:
-    """A behaviour for matching requests: `times` of them (None: all), from the `nth` on."""
+class Rule:
+    """A fault or a hook: for matching requests from the `nth` on, `times` of them (None: all)."""
 
     match: Match
-    behaviour: Behaviour
+    act: Any
     times: int | None
-    nth: int
+    nth: int = 1
     seen: int = 0
-    hits: int = 0
 
-    def strikes(self, request: Request) -> bool:
+    def due(self, request: Request) -> bool:
+        """To be asked once about each request: it counts them."""
         if not self.match(request):
             return False
         self.seen += 1
-        if self.seen < self.nth or (self.times is not None and self.hits >= self.times):
-            return False
-        self.hits += 1
-        return True
-
-
-@dataclass
-class Hook:
-    """Something that happens just before or just after a matching request is applied."""
-
-    match: Match
-    call: Callable[[Request], object]
-    when: Literal["before", "after"]
-    times: int | None
-    hits: int = 0
+        return self.nth <= self.seen and (self.times is None or self.seen < self.nth + self.times)
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
@@ -208,11 +167,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, cluster: FakeKubernetes, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, cluster: FakeKubernetes, tls: ssl.SSLContext | None) -> None:
         self.cluster = cluster
         self.closing = threading.Event()
         self._clients: dict[threading.Thread, socket.socket] = {}
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(("127.0.0.1", 0), _Handler)
         if tls:
             self.socket = tls.wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
@@ -299,55 +258,23 @@ class _Handler(BaseHTTPRequestHandler):
 # --- Certificates --------------------------------------------------------------------------------
 
 
-def make_certificates() -> tuple[bytes, bytes]:
-    """A certificate authority (PEM) and a server's certificate with its key (PEM)."""
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fake-kubernetes-ca")])
+def make_certificate() -> tuple[bytes, bytes]:
+    """A certificate for loopback that vouches for itself (PEM), and its key (PEM)."""
+    key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kube-apiserver")])
-    signer = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    ca = (
-        _certificate(ca_name, ca_name, ca_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=True), critical=True)
-        .add_extension(signer, critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    signed_by = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer)
-    server = (
-        _certificate(name, ca_name, key)
+    begin = datetime.now(UTC) - timedelta(days=1)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + timedelta(days=30))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(signed_by, critical=False)
-        .sign(ca_key, hashes.SHA256())
+        .sign(key, hashes.SHA256())
     )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return ca.public_bytes(pem), server.public_bytes(pem) + secret
-
-
-def _certificate(
-    name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=30))
-    )
-
-
-def _key_usage(ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True, key_cert_sign=ca, crl_sign=ca, content_commitment=False,
-        key_encipherment=False, data_encipherment=False, key_agreement=False,
-        encipher_only=False, decipher_only=False,
-    )  # fmt: skip
+    pem, bare = serialization.Encoding.PEM, serialization.NoEncryption()
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, bare)
+    return certificate.public_bytes(pem), secret
 
 
 # --- The cluster ---------------------------------------------------------------------------------
@@ -370,20 +297,21 @@ class FakeKubernetes:
         self.api = Api(self.store, self.access, self.controllers)
         self.api.touched = self._touched
         self.requests: list[Request] = []
-        self._faults: list[Fault] = []
-        self._hooks: list[Hook] = []
+        self._faults: list[Rule] = []
+        self._hooks: dict[str, list[Rule]] = {"before": [], "after": []}
         self._server: _Server | None = None
         self._port = 0
         self._tls: ssl.SSLContext | None = None
         self._ca = b""
         if tls:
             self._tls, self._ca = _server_context()
-        self.admin_token = self.add_token("kubernetes-admin", groups=(ADMIN_GROUP,))
+        self.admin_token = self.add_token("kubernetes-admin", admin=True)
 
     # Life
 
     def __enter__(self) -> FakeKubernetes:
-        self.resume_listening()
+        self._server = _Server(self, self._tls)
+        self._port = self._server.server_address[1]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -395,31 +323,25 @@ class FakeKubernetes:
             self._server.close()
             self._server = None
 
-    def resume_listening(self) -> None:
-        self._server = _Server(self._port, self, self._tls)
-        self._port = self._server.server_address[1]
-
     @property
     def url(self) -> str:
         return f"http{'s' if self._tls else ''}://127.0.0.1:{self._port}"
 
     # Access
 
-    def add_token(self, user: str, token: str = "", groups: Sequence[str] = ()) -> str:
+    def add_token(self, user: str, token: str = "", admin: bool = False) -> str:
         """A bearer token for a user name, made up unless given."""
         token = token or secrets.token_urlsafe(24)
-        self.access.tokens[token] = Identity(user, ("system:authenticated", *groups))
+        self.access.tokens[token] = Identity(user, admin)
         return token
 
     def service_account(self, name: str, namespace: str = "default") -> str:
         """A token of that service account."""
-        groups = ("system:serviceaccounts", f"system:serviceaccounts:{namespace}")
-        return self.add_token(f"system:serviceaccount:{namespace}:{name}", groups=groups)
+        return self.add_token(f"system:serviceaccount:{namespace}:{name}")
 
-    def load_rbac(self, manifest: Path | str, namespace: str = "default") -> None:
-        """Allows what this manifest (a path or its text) allows, and nothing else."""
-        text = manifest.read_text() if isinstance(manifest, Path) else manifest
-        self.access.load(text, namespace)
+    def load_rbac(self, manifest: str, namespace: str = "default") -> None:
+        """Allows what this manifest allows, and nothing else."""
+        self.access.load(manifest, namespace)
 
     def write_kubeconfig(self, path: Path, token: str = "", namespace: str = "default") -> Path:
         server: Object = {"server": self.url}
@@ -436,26 +358,22 @@ class FakeKubernetes:
         path.chmod(0o600)
         return path
 
-    def write_service_account(
-        self, directory: Path, token: str = "", namespace: str = "default"
-    ) -> dict[str, str]:
+    def write_service_account(self, directory: Path) -> dict[str, str]:
         """The three files that a pod finds, and the environment that goes with them."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "token").write_text(token or self.admin_token)
-        (directory / "namespace").write_text(namespace)
+        directory.mkdir()
+        (directory / "token").write_text(self.admin_token)
+        (directory / "namespace").write_text("default")
         (directory / "ca.crt").write_bytes(self._ca)
-        return {
-            "KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(self._port),
-        }  # fmt: skip
+        port = str(self._port)
+        return {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
 
     # Faults
 
     def fault(
         self, match: Match, behaviour: Behaviour, times: int | None = 1, nth: int = 1
-    ) -> Fault:
-        """Lets matching requests go wrong; the result counts its `hits`."""
-        self._faults.append(Fault(match, behaviour, times, nth))
-        return self._faults[-1]
+    ) -> None:
+        """Lets matching requests go wrong; the fault set first wins."""
+        self._faults.append(Rule(match, behaviour, times, nth))
 
     def hook(
         self,
@@ -463,29 +381,27 @@ class FakeKubernetes:
         call: Callable[[Request], object],
         when: Literal["before", "after"] = "before",
         times: int | None = 1,
-    ) -> Hook:
+    ) -> None:
         """Calls `call(request)` just before or after a matching request takes effect."""
-        self._hooks.append(Hook(match, call, when, times))
-        return self._hooks[-1]
+        self._hooks[when].append(Rule(match, call, times))
 
     def clear_faults(self) -> None:
         self._faults.clear()
-        self._hooks.clear()
+        self._hooks = {"before": [], "after": []}
 
     def handle(
         self, method: str, target: str, raw: bytes, headers: Mapping[str, str]
     ) -> tuple[Answer, Behaviour | None]:
         """One request: what happens before, the answer, what happens after, the record."""
         who = self.access.identify(headers)
-        payload, bad = _read_body(raw)
+        payload = json.loads(raw) if raw else None
         request = read_request(method, target, payload, who.name, headers.get("user-agent", ""))
         with self.store.lock:
-            fault = next((f for f in self._faults if f.strikes(request)), None)
-        behaviour = fault.behaviour if fault else None
+            behaviour = next((rule.act for rule in self._faults if rule.due(request)), None)
         self._run_hooks(request, "before")
-        reply = json_answer(bad.code, bad.status) if bad else None
+        reply = None
         content_type = headers.get("content-type", "").split(";")[0].strip()
-        if reply is None and (behaviour is None or behaviour.applied):
+        if behaviour is None or behaviour.applied:
             reply = self.api.answer(request, who, content_type)
         if behaviour and behaviour.answer:
             reply = behaviour.answer(request)
@@ -496,13 +412,10 @@ class FakeKubernetes:
         return reply or Answer(0, b""), behaviour
 
     def _run_hooks(self, request: Request, when: str) -> None:
-        for hook in list(self._hooks):
-            with self.store.lock:
-                due = hook.times is None or hook.hits < hook.times
-                if hook.when != when or not due or not hook.match(request):
-                    continue
-                hook.hits += 1
-            hook.call(request)
+        with self.store.lock:
+            due = [rule.act for rule in self._hooks[when] if rule.due(request)]
+        for call in due:
+            call(request)
 
     def _touched(self, namespace: str, name: str) -> None:
         """Lets the controllers do whatever they have to do about a Deployment."""
@@ -593,28 +506,17 @@ class FakeKubernetes:
         )
 
     def start_rollout(
-        self, name: str, new_pods: int, old_pods: int | None = None, namespace: str = "default"
+        self, name: str, new_pods: int, old_pods: int, namespace: str = "default"
     ) -> None:
-        """Puts a rollout half-way, where it stays until `finish_rollout`."""
+        """Puts a rollout half-way, where it stays."""
         with self.store.lock:
             obj = self.store.objects[("deployments", namespace, name)]
-            most = wanted_replicas(obj) + max_surge(obj)
-            old_pods = max(0, most - new_pods) if old_pods is None else old_pods
             self.controllers.start_rollout(obj, new_pods, old_pods)
             self._touched(namespace, name)
 
-    def finish_rollout(self, name: str, namespace: str = "default") -> None:
-        with self.store.lock:
-            self.controllers.held.discard((namespace, name))
-            self._touched(namespace, name)
-
-    def keep_terminating(self, keep: bool = True) -> None:
-        """Lets deleted pods stay, marked as terminating; with False they go, now and later."""
-        with self.store.lock:
-            self.controllers.keep_terminating = keep
-            for pod in self.store.find("pods"):
-                if not keep and "deletionTimestamp" in pod["metadata"]:
-                    self.store.remove(KINDS["pods"], pod)
+    def keep_terminating(self) -> None:
+        """Lets deleted pods stay, from now on, marked as terminating."""
+        self.controllers.keep_terminating = True
 
     def set_pod(
         self,
@@ -689,20 +591,11 @@ class FakeKubernetes:
         return self.store.scales
 
 
-def _read_body(raw: bytes) -> tuple[Any, ApiError | None]:
-    if not raw:
-        return None, None
-    try:
-        return json.loads(raw), None
-    except ValueError as error:
-        return None, ApiError(400, f"error decoding the body: {error}")
-
-
 def _server_context() -> tuple[ssl.SSLContext, bytes]:
-    ca, server = make_certificates()
+    certificate, key = make_certificate()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # ssl reads keys from files alone
-        file.write(server)
+        file.write(certificate + key)
         file.flush()
         context.load_cert_chain(file.name)
-    return context, ca
+    return context, certificate

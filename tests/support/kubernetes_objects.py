@@ -9,7 +9,7 @@ import re
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,12 +20,9 @@ FieldPath = tuple[str, ...]
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 REVISION = "deployment.kubernetes.io/revision"
-DESIRED_REPLICAS = "deployment.kubernetes.io/desired-replicas"
-MAX_REPLICAS = "deployment.kubernetes.io/max-replicas"
 TEMPLATE_HASH = "pod-template-hash"
 CONTROLLER = "kube-controller-manager"
-ADMIN_GROUP = "system:masters"
-ANNOTATIONS_LIMIT_BYTES = 256 * 1024
+ANNOTATIONS_LIMIT = 256 * 1024  # bytes
 SAFE_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # what upstream makes names of: no vowels, no words
 
 
@@ -49,32 +46,23 @@ class Kind:
     def qualified(self) -> str:
         return f"{self.resource}.{self.group}" if self.group else self.resource
 
-    @property
-    def qualified_kind(self) -> str:
-        return f"{self.kind}.{self.group}" if self.group else self.kind
 
-
-_WRITABLE = "get update patch"
 KINDS = {
     kind.resource: kind
     for kind in (
-        Kind(
-            "deployments",
-            "Deployment",
-            "apps",
-            {"": "get list create patch delete", "scale": _WRITABLE},
-        ),
+        Kind("deployments", "Deployment", "apps",
+             {"": "get list create patch", "scale": "get patch"}),
         Kind("replicasets", "ReplicaSet", "apps", {"": "get list"}),
         Kind("pods", "Pod", "", {"": "get list patch delete"}),
         Kind("events", "Event", "", {"": "get list create"}),
     )
-}
+}  # fmt: skip
 KNOWN_PATHS = ("/version", "/api/v1/", "/apis/apps/v1/")
 SCALE = Kind("deployments", "Scale", "autoscaling", {})
 
 REASONS = {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound",
-    405: "MethodNotAllowed", 408: "Timeout", 409: "Conflict", 410: "Expired",
+    405: "MethodNotAllowed", 408: "Timeout", 409: "Conflict",
     415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
     503: "ServiceUnavailable", 504: "Timeout",
 }  # fmt: skip
@@ -83,52 +71,27 @@ REASONS = {
 class ApiError(Exception):
     """An error as the API server answers it: a `Status` object."""
 
-    def __init__(
-        self, code: int, message: str, details: Object | None = None, reason: str | None = None
-    ) -> None:
+    def __init__(self, code: int, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.status: Object = {
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": message, "reason": reason or REASONS.get(code, "Unknown"),
+            "message": message, "reason": reason or REASONS.get(code, "Unknown"), "code": code,
         }  # fmt: skip
-        if details is not None:
-            self.status["details"] = {k: v for k, v in details.items() if v}
-        self.status["code"] = code
-
-
-def _details(kind: Kind, name: str) -> Object:
-    return {"name": name, "group": kind.group, "kind": kind.resource}
 
 
 def not_found(kind: Kind, name: str) -> ApiError:
-    return ApiError(404, f'{kind.qualified} "{name}" not found', _details(kind, name))
+    return ApiError(404, f'{kind.qualified} "{name}" not found')
 
 
-def conflict(kind: Kind, name: str, why: str = "") -> ApiError:
-    why = why or (
-        "the object has been modified;"
-        " please apply your changes to the latest version and try again"
-    )
-    message = f'Operation cannot be fulfilled on {kind.qualified} "{name}": {why}'
-    return ApiError(409, message, _details(kind, name))
+def conflict(kind: Kind, name: str) -> ApiError:
+    why = "the object has been modified; please apply your changes to the latest version and try"
+    return ApiError(409, f'Operation cannot be fulfilled on {kind.qualified} "{name}": {why} again')
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One wrong field of an object, in upstream's words."""
-
-    where: str
-    text: str
-    reason: str = "FieldValueInvalid"
-
-
-def invalid(kind: Kind, name: str, problems: Sequence[Problem]) -> ApiError:
-    texts = [f"{p.where}: {p.text}" for p in problems]
-    listed = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
-    causes = [{"reason": p.reason, "message": p.text, "field": p.where} for p in problems]
-    details = {"name": name, "group": kind.group, "kind": kind.kind, "causes": causes}
-    return ApiError(422, f'{kind.qualified_kind} "{name}" is invalid: {listed}', details)
+def invalid(kind: Kind, name: str, problem: str) -> ApiError:
+    qualified = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
+    return ApiError(422, f'{qualified} "{name}" is invalid: {problem}')
 
 
 # --- Requests ------------------------------------------------------------------------------------
@@ -179,9 +142,6 @@ def read_request(method: str, target: str, body: Any, user: str, agent: str) -> 
     parts = {key: urllib.parse.unquote(value or "") for key, value in found.items()}
     name = parts.get("name", "")
     verb = _verb(method, name, query) if match else method.lower()
-    selected = re.fullmatch(r"metadata\.name==?(.+)", query.get("fieldSelector", ""))
-    if verb in ("list", "watch", "deletecollection") and selected:
-        name = selected[1]  # so that a rule with resourceNames can allow such a list
     return Request(
         method, url.path, query, body, user, agent, 0, verb, parts.get("group", ""),
         parts.get("resource", ""), parts.get("subresource", ""), name, parts.get("namespace", ""),
@@ -194,16 +154,12 @@ class Match:
 
     verb: str | None = None
     resource: str | None = None
-    subresource: str | None = None
     name: str | None = None
-    namespace: str | None = None
     where: Callable[[Request], bool] | None = None
 
     def __call__(self, request: Request) -> bool:
-        wanted = (self.verb, self.resource, self.subresource, self.name, self.namespace)
-        found = (
-            request.verb, request.resource, request.subresource, request.name, request.namespace
-        )  # fmt: skip
+        wanted = (self.verb, self.resource, self.name)
+        found = (request.verb, request.resource, request.name)
         return all(w is None or w == f for w, f in zip(wanted, found, strict=True)) and (
             self.where is None or self.where(request)
         )
@@ -213,48 +169,29 @@ class Match:
 
 
 _REQUIREMENT = re.compile(
-    r"\s*(?:(?P<not>!)\s*)?(?P<key>[\w./-]+)"
-    r"(?:\s*(?P<op>==|=|!=)\s*(?P<value>[\w.-]*)"
-    r"|\s+(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?\s*(?:,|$)"
+    r"(!?)\s*([\w./-]+)\s*(?:(==?|!=)\s*([\w.-]*)|\s(in|notin)\s*\(([^()]*)\))?"
 )
 Labels = Mapping[str, str]
 
 
 def parse_selector(text: str) -> Callable[[Labels], bool]:
     """A test for a label selector as it stands in a query; ApiError(400) if unreadable."""
-    tests: list[Callable[[Labels], bool]] = []
-    at = 0
-    while at < len(text.rstrip()):
-        found = _REQUIREMENT.match(text, at)
-        if not found:
-            raise ApiError(400, f"unable to parse requirement: found '{text[at:]}'")
-        tests.append(_requirement(**found.groupdict()))
-        at = found.end()
+    parts = re.split(r",(?![^(]*\))", text) if text.strip() else []
+    tests = [_requirement(part.strip()) for part in parts]
     return lambda labels: all(test(labels) for test in tests)
 
 
-def _requirement(
-    key: str, op: str | None, value: str | None, values: str | None, **rest: str | None
-) -> Callable[[Labels], bool]:
-    if op or rest["set"]:
-        wanted = {v.strip() for v in values.split(",")} if values is not None else {value or ""}
-        positive = op in ("=", "==") or rest["set"] == "in"
-        # An object without the key meets `!=` and `notin`.
-        return lambda labels: (key in labels and labels[key] in wanted) is positive
-    return lambda labels: (key in labels) is not bool(rest["not"])
-
-
-def selector_text(selector: Object) -> str:
-    """A LabelSelector object as the text that a query carries."""
-    words = {"In": "in", "NotIn": "notin"}
-    parts = [f"{k}={v}" for k, v in sorted(selector.get("matchLabels", {}).items())]
-    for need in selector.get("matchExpressions", []):
-        key, op = need["key"], need["operator"]
-        if op in words:
-            parts.append(f"{key} {words[op]} ({','.join(sorted(need['values']))})")
-        else:
-            parts.append(key if op == "Exists" else f"!{key}")
-    return ",".join(parts)
+def _requirement(text: str) -> Callable[[Labels], bool]:
+    found = _REQUIREMENT.fullmatch(text)
+    if not found:
+        raise ApiError(400, f"unable to parse requirement: found '{text}'")
+    absent, key, sign, value, word, values = found.groups()
+    if not (sign or word):
+        return lambda labels: (key in labels) is not bool(absent)
+    wanted = {v.strip() for v in values.split(",")} if word else {value}
+    positive = sign in ("=", "==") or word == "in"
+    # An object without the key meets `!=` and `notin`.
+    return lambda labels: (key in labels and labels[key] in wanted) is positive
 
 
 def parse_field_selector(text: str) -> Callable[[Object], bool]:
@@ -294,47 +231,29 @@ def merge(target: Any, patch: Any) -> Any:
 
 
 def json_patch(target: Any, operations: Any) -> Any:
-    """RFC 6902: add, replace, remove and test."""
+    """RFC 6902, of which `replace` and, at the end of a list, `add`."""
     result = copy.deepcopy(target)
     for step in operations:
-        *parents, last = [
-            part.replace("~1", "/").replace("~0", "~") for part in step["path"].split("/")[1:]
-        ]
+        *parents, last = step["path"].split("/")[1:]
         holder = result
         for part in parents:
-            holder = holder[int(part)] if isinstance(holder, list) else holder[part]
-        _json_patch_step(holder, last, step)
+            holder = holder[int(part) if isinstance(holder, list) else part]
+        if (step["op"], last) == ("add", "-"):
+            holder.append(step["value"])
+        else:
+            assert step["op"] == "replace" and last in holder, step
+            holder[last] = step["value"]
     return result
-
-
-def _json_patch_step(holder: Any, last: str, step: Object) -> None:
-    op = step["op"]
-    at: Any = last
-    if isinstance(holder, list):
-        at = len(holder) if last == "-" else int(last)
-    if op == "test":
-        if holder[at] != step["value"]:
-            raise ValueError(f"testing value {step['path']} failed")
-    elif op == "remove":
-        del holder[at]
-    elif op == "add" and isinstance(holder, list):
-        holder.insert(at, step["value"])
-    elif op in ("add", "replace"):
-        if op == "replace":
-            holder[at]  # it has to be there
-        holder[at] = step["value"]
-    else:
-        raise ValueError(f"unexpected kind: {op}")
 
 
 def apply_patch(current: Object, patch: Any, content_type: str) -> Object:
     """The object with the patch applied, or the error that upstream answers."""
     if content_type not in MERGE_PATCHES:
-        raise ApiError(415, "415: Unsupported Media Type", {})
+        raise ApiError(415, "415: Unsupported Media Type")
     if not isinstance(patch, dict):
         raise ApiError(400, "error decoding patch: json: cannot unmarshal into a map")
-    result = merge(current, patch)
-    return result if isinstance(result, dict) else {}
+    result: Object = merge(current, patch)
+    return result
 
 
 # --- Field ownership -----------------------------------------------------------------------------
@@ -422,80 +341,34 @@ def managed_fields(
 # --- Defaults and validation ---------------------------------------------------------------------
 
 
-def _not_decodable(kind: Kind, obj: Object) -> str | None:
-    """What the JSON decoder complains about, before any validation."""
-    for place in ("annotations", "labels"):
-        values = obj["metadata"].get(place) or {}
-        if not isinstance(values, dict):
-            return f"json: cannot unmarshal into Go struct field ObjectMeta.metadata.{place}"
-        for value in values.values():
-            if not isinstance(value, str):
-                what = "bool" if isinstance(value, bool) else {
-                    int: "number", float: "number", dict: "object", list: "array",
-                }.get(type(value), "null")  # fmt: skip
-                where = f"Go struct field ObjectMeta.metadata.{place} of type string"
-                return f"json: cannot unmarshal {what} into {where}"
-    replicas = (obj.get("spec") or {}).get("replicas")
-    if kind.kind in ("Deployment", "Scale") and not (replicas is None or type(replicas) is int):
-        what = "string" if isinstance(replicas, str) else f"number {replicas}"
-        where = f"Go struct field {kind.kind}Spec.spec.replicas of type int32"
-        return f"json: cannot unmarshal {what} into {where}"
-    return None
-
-
 def set_defaults(kind: Kind, obj: Object) -> None:
-    """The defaults that matter to a client of Deployments."""
-    if kind.resource == "events":
-        for key in ("reportingComponent", "reportingInstance"):
-            obj.setdefault(key, "")
-        obj.setdefault("source", {})
-        obj.setdefault("eventTime", None)
-    if kind.kind != "Deployment":
-        return
-    spec = obj.setdefault("spec", {})
-    spec.setdefault("replicas", 1)
-    spec.setdefault("revisionHistoryLimit", 10)
-    spec.setdefault("progressDeadlineSeconds", 600)
-    strategy = spec.setdefault("strategy", {})
-    if strategy.setdefault("type", "RollingUpdate") == "RollingUpdate":
-        rolling = strategy.setdefault("rollingUpdate", {})
-        rolling.setdefault("maxUnavailable", "25%")
-        rolling.setdefault("maxSurge", "25%")
+    if kind.kind == "Deployment":
+        obj.setdefault("spec", {}).setdefault("replicas", 1)
 
 
 _DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leading zero
 
 
-def validate(kind: Kind, obj: Object) -> list[Problem]:
-    """Upstream's objections to an object, for what this server knows of it."""
-    problems = _annotation_problems(kind, obj["metadata"].get("annotations") or {})
-    if not obj["metadata"].get("name"):
-        text = "Required value: name or generateName is required"
-        problems.append(Problem("metadata.name", text, "FieldValueRequired"))
-    if kind.kind in ("Deployment", "Scale") and obj["spec"].get("replicas", 0) < 0:
-        text = f"Invalid value: {obj['spec']['replicas']}: must be greater than or equal to 0"
-        problems.append(Problem("spec.replicas", text))
-    if kind.kind == "Event":
-        about = obj.get("involvedObject", {}).get("namespace", "")
-        if about != obj["metadata"]["namespace"]:
-            text = f'Invalid value: "{about}": does not match event.namespace'
-            problems.append(Problem("involvedObject.namespace", text))
-    return problems
-
-
-def _annotation_problems(kind: Kind, annotations: Mapping[str, str]) -> list[Problem]:
-    where = "metadata.annotations"
-    problems = []
-    if sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > (
-        ANNOTATIONS_LIMIT_BYTES
-    ):
-        text = f"Too long: may not be more than {ANNOTATIONS_LIMIT_BYTES} bytes"
-        problems.append(Problem(where, text, "FieldValueTooLong"))
-    cost = annotations.get(DELETION_COST)
-    if kind.kind == "Pod" and cost is not None and deletion_cost(cost) is None:
-        text = f'Invalid value: "{cost}": must be a 32bit integer'
-        problems.append(Problem(f"{where}[{DELETION_COST}]", text))
-    return problems
+def validate(kind: Kind, obj: Object) -> None:
+    """Upstream's objections to an object, as far as a client of this server can meet them."""
+    name, where = obj["metadata"].get("name", ""), "metadata.annotations"
+    annotations = obj["metadata"].get("annotations") or {}
+    replicas = obj.get("spec", {}).get("replicas", 0)
+    if type(replicas) is not int or replicas < 0:
+        raise invalid(kind, name, f"spec.replicas: Invalid value: {replicas}: must be greater than")
+    if not all(isinstance(value, str) for value in annotations.values()):
+        raise invalid(kind, name, f"{where}: json: cannot unmarshal into type string")
+    if sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > ANNOTATIONS_LIMIT:
+        problem = f"Too long: may not be more than {ANNOTATIONS_LIMIT} bytes"
+        raise invalid(kind, name, f"{where}: {problem}")
+    cost = annotations.get(DELETION_COST, "0")
+    if kind.kind == "Pod" and deletion_cost(cost) is None:
+        problem = f'Invalid value: "{cost}": must be a 32bit integer'
+        raise invalid(kind, name, f"{where}[{DELETION_COST}]: {problem}")
+    about = obj.get("involvedObject", {}).get("namespace", "")
+    if kind.kind == "Event" and about != obj["metadata"]["namespace"]:
+        problem = f'Invalid value: "{about}": does not match event.namespace'
+        raise invalid(kind, name, f"involvedObject.namespace: {problem}")
 
 
 def deletion_cost(value: str) -> int | None:
@@ -516,8 +389,6 @@ class Scale:
     manager: str
     before: int
     after: int
-    name: str
-    namespace: str
 
 
 def stamp(moment: datetime) -> str:
@@ -598,10 +469,7 @@ class Store:
     def _note_scale(self, old: Object, new: Object, writer: Writer) -> None:
         before, after = wanted_replicas(old), wanted_replicas(new)
         if before != after:
-            meta = new["metadata"]
-            self.scales.append(
-                Scale(self.clock(), writer.manager, before, after, meta["name"], meta["namespace"])
-            )
+            self.scales.append(Scale(self.clock(), writer.manager, before, after))
 
 
 def _bumps_generation(kind: Kind, old: Object, new: Object) -> bool:

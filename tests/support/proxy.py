@@ -22,7 +22,7 @@ RST_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
 class ChaosProxy:
-    """Counts connections and bytes; one mode holds for all connections.
+    """Counts the bytes of its answers; one mode holds for all connections.
 
     pass     a good network
     refuse   nobody listens; connections that stand go on
@@ -35,7 +35,7 @@ class ChaosProxy:
 
     def __init__(self, target: str) -> None:
         self.host = ""
-        self.connections = self.bytes_asked = self.bytes_answered = 0
+        self.bytes_answered = 0
         self._target = tuple(target.rsplit(":", 1))
         self._mode: Mode = "pass"
         self._seconds = 0.0
@@ -91,7 +91,6 @@ class ChaosProxy:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
         self._writers.add(writer)
         try:
             if self._mode == "reset" and self._after_bytes is None:
@@ -113,7 +112,6 @@ class ChaosProxy:
 
     async def _ask(self, reader: asyncio.StreamReader, there: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(CHUNK_BYTES):
-            self.bytes_asked += len(chunk)
             if self._mode != "swallow":
                 there.write(chunk)
                 await there.drain()
