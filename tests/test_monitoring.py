@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +16,8 @@ import pytest
 import yaml
 
 import scaler
+from tests.support.kubernetes import FakeKubernetes
+from tests.support.kubernetes_api import Answer, json_answer
 from tests.support.needs import need
 from tests.support.world import REPOSITORY, Run
 
@@ -141,36 +141,31 @@ def test_the_policies_notify_the_channel(calls: list[Object]) -> None:
         assert f"--notification-channels={channel}" in arguments
 
 
+class TakesAnything(FakeKubernetes):
+    """Its server, for Google's APIs: each object is made as it was sent."""
+
+    bodies: tuple[Object, ...] = ()
+
+    def handle(
+        self, method: str, target: str, raw: bytes, headers: Mapping[str, str]
+    ) -> tuple[Answer, None]:
+        body = json.loads(raw)
+        self.bodies += (body,)
+        kind = target.partition("?")[0].rpartition("/")[2]
+        return json_answer(200, {"name": f"projects/my-project/{kind}/1", **body}), None
+
+
 @pytest.mark.slow
 def test_gcloud_takes_the_commands(
     metrics: Mapping[str, Object], conditions: Mapping[str, Object], tmp_path: Path
 ) -> None:
     """The real one, which knows the fields of the APIs, with a server that takes anything."""
-    gcloud = need("gcloud")
-    bodies: list[Object] = []
-
-    class Api(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            bodies.append(body)
-            kind = self.path.partition("?")[0].rpartition("/")[2]
-            data = json.dumps({"name": f"projects/my-project/{kind}/1", **body}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    commands = blocks("bash", "gcloud")
+    gcloud, commands = need("gcloud"), blocks("bash", "gcloud")
     old = subprocess.run([gcloud, "monitoring", "policies", "--help"], capture_output=True)
     if old.returncode:
         commands = commands.replace("gcloud monitoring", "gcloud alpha monitoring")
-    with HTTPServer(("127.0.0.1", 0), Api) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
+    api = TakesAnything()
+    with api:
         environ = {
             "PATH": os.environ["PATH"],
             "CLOUDSDK_CONFIG": str(tmp_path),
@@ -178,16 +173,15 @@ def test_gcloud_takes_the_commands(
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
             "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
-            "CLOUDSDK_API_ENDPOINT_OVERRIDES_LOGGING": url,
-            "CLOUDSDK_API_ENDPOINT_OVERRIDES_MONITORING": url,
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_LOGGING": f"{api.url}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_MONITORING": f"{api.url}/",
         }
         command = ["bash", "-eu", "-c", commands]
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
-        server.shutdown()
     assert done.returncode == 0, done.stderr
-    sent = [*(body for body in bodies if "metricDescriptor" in body)]
+    sent = [*(body for body in api.bodies if "metricDescriptor" in body)]
     assert sent == [{**metric, "name": name} for name, metric in metrics.items()]
-    sent = [condition for body in bodies for condition in body.get("conditions", [])]
+    sent = [condition for body in api.bodies for condition in body.get("conditions", [])]
     assert sent == [{"displayName": name, **each} for name, each in conditions.items()]
 
 
