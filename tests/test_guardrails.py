@@ -23,6 +23,7 @@ import scaler
 from tests.e2e import forbidden
 from tests.e2e.forbidden import ACCOUNTS, BOUND, COST, MINE, NAME, OTHER, PAUSES, Act, life
 from tests.support.kubernetes_objects import json_patch, merge
+from tests.support.world import REPOSITORY
 from tests.test_manifests import load, one, settings, whole_life
 
 pytestmark = pytest.mark.slow
@@ -554,10 +555,11 @@ def test_a_number_over_the_bound_may_only_stay_or_fall(old: int, new: int, allow
     assert (refusals("deployments", before, after) == []) is allowed
 
 
-def test_the_bound_is_one_number_and_the_range_of_the_example_lies_within() -> None:
+def test_the_bound_is_one_number_on_the_page_too_and_the_range_of_the_example_lies_within() -> None:
     variables = {each["name"]: each["expression"] for each in policies()[0][0]["variables"]}
     assert variables["maxReplicas"] == str(BOUND)
     assert settings().max_replicas <= BOUND
+    assert f"For more than {BOUND} pods" in (REPOSITORY / "docs/operations.md").read_text()
 
 
 def test_each_account_is_the_parameter_of_one_of_the_two_policies_and_both_deny() -> None:

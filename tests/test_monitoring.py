@@ -20,6 +20,7 @@ from tests.support.kubernetes import FakeKubernetes
 from tests.support.kubernetes_api import Answer, json_answer
 from tests.support.needs import need
 from tests.support.world import REPOSITORY, Run
+from tests.test_manifests import container, environment
 
 PAGE = (REPOSITORY / "docs/monitoring.md").read_text()
 ALERTS = REPOSITORY / "examples/alerts.yaml"
@@ -54,17 +55,13 @@ def test_each_alert_is_tried_both_ways_and_stands_on_the_page() -> None:
 
 
 def test_the_alerts_look_at_what_the_manifests_make() -> None:
-    cron_job = load(REPOSITORY / "cronjob.yaml")
-    container = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
-    env = {each["name"]: each.get("value") for each in container["env"]}
+    cron_job, env = load(REPOSITORY / "cronjob.yaml"), environment()
     at_maximum = load(ALERTS)["groups"][0]["rules"][-1]["expr"]
     assert f'deployment="{env["DEPLOYMENT"]}"' in at_maximum
     assert f">= {env['MAX_REPLICAS']} " in at_maximum
     overlay = load(REPOSITORY / "examples/overlay/kustomization.yaml")
-    for name in (
-        cron_job["metadata"]["name"],
-        cron_job["metadata"]["name"] + overlay["nameSuffix"],
-    ):
+    for suffix in ("", overlay["nameSuffix"]):
+        name = cron_job["metadata"]["name"] + suffix
         for pattern in re.findall(r'(?:cronjob|owner_name)=~"([^"]*)"', ALERTS.read_text()):
             assert re.fullmatch(pattern, name)
 
@@ -229,9 +226,8 @@ def at(path: str, entry: Entry) -> Any:
 def entries(run: Run) -> list[Object]:
     """The lines of a run as GKE's logging agent hands them on: `severity` and `time` become the
     entry's own, and where only `message` is left, it becomes text."""
-    container = load(REPOSITORY / "cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"][
-        "spec"]["containers"][0]["name"]  # fmt: skip
-    labels = {"container_name": container, "namespace_name": "default", "pod_name": "q-1-x"}
+    name = container()["name"]
+    labels = {"container_name": name, "namespace_name": "default", "pod_name": "q-1-x"}
     found = []
     for line in run.stdout.splitlines():
         payload = json.loads(line)

@@ -212,13 +212,6 @@ def test_every_block_of_variables_is_accepted(page: Path) -> None:
             scaler.read_settings({**NEEDED, **chosen})
 
 
-def test_the_bound_that_the_pages_name_is_that_of_the_guardrails() -> None:
-    policy = next(yaml.safe_load_all((REPOSITORY / "guardrails.yaml").read_text()))
-    variables = policy["spec"]["variables"]
-    bound = next(each["expression"] for each in variables if each["name"] == "maxReplicas")
-    assert f"For more than {bound} pods" in OPERATIONS.read_text()
-
-
 CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
 SCALER_LABELS = CRONJOB["metadata"]["labels"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support.firestore import Fail, FakeFirestore, missing_index
 from tests.support.kubernetes import FakeKubernetes, Match, answer
+from tests.support.kubernetes_objects import merge
 from tests.support.world import BUSY, PROJECT, REPOSITORY, START, Run, World
 
 NAME = "eventstorming-generator"
@@ -34,11 +34,10 @@ class Situation:
 
     def roll_back(self, annotation: str, value: str) -> None:
         """As `kubectl rollout undo` puts an annotation back."""
-
-        def put_back(deployment: dict[str, Any]) -> None:
-            deployment["metadata"]["annotations"][annotation] = value
-
-        self.world.cluster.edit("deployments", NAME, put_back, manager="kubectl")
+        patch = {"metadata": {"annotations": {annotation: value}}}
+        self.world.cluster.edit(
+            "deployments", NAME, lambda d: d.update(merge(d, patch)), manager="kubectl"
+        )
 
     def queue_fails(self, fault: Fail, **settings: str) -> Run:
         self.queue.heal()
