@@ -471,8 +471,8 @@ def leaves(body: Any, path: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
 def test_the_scaler_changes_all_that_it_may_and_nothing_else() -> None:
     life = whole_life()
     seen = set()
-    for patch in life.patches:
-        found = refusals(patch.resource, patch.before, patched(patch.before, patch.body))
+    for patch, before in life.patches:
+        found = refusals(patch.resource, before, patched(before, patch.body))
         assert not found, (patch.body, found)
         seen |= {(patch.resource, *leaf) for leaf in leaves(patch.body)}
     # The version is a condition of the patch, not a change.

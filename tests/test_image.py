@@ -318,21 +318,6 @@ def test_the_image_says_what_it_is(image: Image) -> None:
         assert labels[f"org.opencontainers.image.{name}"]
 
 
-def test_the_image_knows_the_time_zones(image: Image, settings: dict[str, str]) -> None:
-    hours = {"SCHEDULED_MIN_REPLICAS": "2 Mon-Sun 00:00-24:00 Asia/Seoul", "KUBECONFIG": "/none"}
-    done = image.scaler(environ={**settings, **hours})
-    assert "SCHEDULED_MIN_REPLICAS" not in done.stdout, done.stdout
-    wrong = {**hours, "SCHEDULED_MIN_REPLICAS": "2 Mon-Sun 00:00-24:00 Asia/Nowhere"}
-    assert "SCHEDULED_MIN_REPLICAS" in image.scaler(environ={**settings, **wrong}).stdout
-
-
-def test_the_image_tells_its_version_and_its_settings(image: Image) -> None:
-    version, usage = image.scaler("--version"), image.scaler("--help")
-    assert (version.returncode, usage.returncode) == (0, 0), version.stderr + usage.stderr
-    assert version.stdout.startswith("queue-scaler ")
-    assert "QUEUE_COLLECTION" in usage.stdout
-
-
 def test_a_run_compiles_nothing_and_writes_nothing(
     image: Image, settings: dict[str, str], kubeconfig: Path
 ) -> None:

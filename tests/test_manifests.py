@@ -86,19 +86,10 @@ def variables_of(document: dict[str, Any]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Patch:
-    """What a patch met, and its body."""
-
-    resource: str
-    before: dict[str, Any]
-    body: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Life:
     reasons: list[str]
     requests: list[Request]
-    patches: list[Patch]
+    patches: list[tuple[Request, dict[str, Any]]]  # each with what it met
     events: list[dict[str, Any]]
     killed: list[str]
     busy: str
@@ -123,13 +114,12 @@ def installed(rbac: str, replicas: int) -> Iterator[tuple[FakeKubernetes, FakeFi
 def whole_life() -> Life:
     rbac = (REPOSITORY / "rbac.yaml").read_text()
     with installed(rbac, replicas=1) as (cluster, queue, world):
-        patches: list[Patch] = []
+        patches: list[tuple[Request, dict[str, Any]]] = []
 
         def remember(request: Request) -> None:
             with cluster.store.lock:
                 key = (request.resource, request.namespace, request.name)
-                before = cluster.store.objects[key]
-            patches.append(Patch(request.resource, before, request.body))
+                patches.append((request, cluster.store.objects[key]))
 
         cluster.hook(Match(verb="patch"), remember, times=None)
         reasons = []
