@@ -477,6 +477,7 @@ def test_the_scaler_changes_all_that_it_may_and_nothing_else() -> None:
         seen |= {(patch.resource, *leaf) for leaf in leaves(patch.body)}
     # The version is a condition of the patch, not a change.
     assert seen - {("deployments", "metadata", "resourceVersion")} == ALLOWED
+    assert len(life.events) == 3, "up, down, and up in the fallback"
     for event in life.events:
         named = {key: event["metadata"][key] for key in ("name", "namespace")}
         event["metadata"] = {**named, "creationTimestamp": event["firstTimestamp"]}
