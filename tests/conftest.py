@@ -12,7 +12,8 @@ from tests.support.emulator import EmulatedQueue, Emulator, emulator_or_reason
 from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
 from tests.support.needs import lacking
-from tests.support.world import PROJECT, START, World
+from tests.support.situations import every_run
+from tests.support.world import PROJECT, START, Run, World
 
 Queue = FakeFirestore | EmulatedQueue
 
@@ -42,6 +43,12 @@ def queue() -> Iterator[FakeFirestore]:
 def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
     """The two fakes, and a clock that stands still until a test moves it."""
     return World(cluster, queue.host, now=START, directory=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """A run in each situation that the pages describe, with JSON lines."""
+    return every_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,26 +82,15 @@ def variables_of(document: dict[str, Any]) -> dict[str, str]:
 
 
 # The whole life of the scaler, as a process with the rights of rbac.yaml and the settings of
-# cronjob.yaml, and everything that it asked of the API server
-
-
-@dataclass(frozen=True)
-class Patch:
-    """What a patch met, and its body."""
-
-    resource: str
-    before: dict[str, Any]
-    body: dict[str, Any]
+# cronjob.yaml, and everything that it asked of the API server: not less than it may, as the tests
+# of the rights and of the guardrails ask for all of it
 
 
 @dataclass(frozen=True)
 class Life:
-    reasons: list[str]
     requests: list[Request]
-    patches: list[Patch]
+    patches: list[tuple[Request, dict[str, Any]]]  # each with what it met
     events: list[dict[str, Any]]
-    killed: list[str]
-    busy: str
 
 
 @contextmanager
@@ -124,21 +112,18 @@ def installed(rbac: str, replicas: int) -> Iterator[tuple[FakeKubernetes, FakeFi
 def whole_life() -> Life:
     rbac = (REPOSITORY / "rbac.yaml").read_text()
     with installed(rbac, replicas=1) as (cluster, queue, world):
-        patches: list[Patch] = []
+        patches: list[tuple[Request, dict[str, Any]]] = []
 
         def remember(request: Request) -> None:
             with cluster.store.lock:
                 key = (request.resource, request.namespace, request.name)
-                before = cluster.store.objects[key]
-            patches.append(Patch(request.resource, before, request.body))
+                patches.append((request, cluster.store.objects[key]))
 
         cluster.hook(Match(verb="patch"), remember, times=None)
-        reasons = []
 
         def run(*arguments: str, **more: str) -> None:
             done = world.run(*arguments, **more)
             assert done.stderr == "", done
-            reasons.append(done.reason)
             world.pass_time(60)
 
         queue.fill(5)
@@ -157,18 +142,7 @@ def whole_life() -> Life:
         run(**fallback)
         cluster.annotate(NAME, **{scaler.PAUSED: "true"})
         run()
-        requests, killed = list(cluster.requests), cluster.deleted_pods
-        return Life(reasons, requests, patches, cluster.events(), killed, busy)
-
-
-def test_the_life_that_the_rights_are_held_against_has_everything_in_it() -> None:
-    life = whole_life()
-    expected = {"ScaledUp", "ScaleDownStabilized", "ScaledDown", "QueueUnavailable", "Fallback"}
-    assert life.reasons[:2] == ["ScaledUp", "ScaledUp"], "the dry run and the run after it"
-    assert expected < set(life.reasons), life.reasons
-    assert life.reasons[-1] == "Paused"
-    assert len(life.killed) == 2 and life.busy not in life.killed, "idle pods only"
-    assert len(life.events) == 3, life.events
+        return Life(list(cluster.requests), patches, cluster.events())
 
 
 def test_rbac_allows_exactly_what_the_script_asks_for() -> None:
@@ -227,14 +201,6 @@ def test_the_key_in_comments_lies_where_its_variable_says() -> None:
     assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
     path = mount["mountPath"] + "/key.json"
     assert variables_of(with_comments())["GOOGLE_APPLICATION_CREDENTIALS"] == path
-
-
-def test_yamllint_has_nothing_to_say() -> None:
-    files = [*REPOSITORY.glob("*.yaml"), REPOSITORY / "examples", REPOSITORY / "tests/e2e"]
-    files += [each for each in [REPOSITORY / ".github"] if each.exists()]
-    command = [sys.executable, "-m", "yamllint", "--strict", *map(str, files)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # cronjob.yaml

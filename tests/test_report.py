@@ -35,14 +35,6 @@ def test_a_record_that_cannot_be_written_is_a_warning(world: World, queue: FakeF
     assert "WARNING AutoScaler the result record was not written" in stdout
 
 
-def test_a_failed_run_says_where_the_replicas_are(world: World, queue: FakeFirestore) -> None:
-    run = world.run(FIRESTORE_EMULATOR_HOST="127.0.0.1:1", TIMEOUT_SECONDS="2")
-    assert (run.exit_code, run.reason) == (1, "QueueUnavailable"), run
-    record = run.record
-    assert (record["current"], record["replicas"], record["desired"]) == (1, 1, None)
-    assert record["action"] == "none" and "stays at 1 pod" in record["message"]
-
-
 @pytest.mark.parametrize(
     "value", ["\udcff", "x" * 10_000, "한" * 3_000, '"' * 5_000, "a\nb"], ids=len
 )

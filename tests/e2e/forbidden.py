@@ -30,9 +30,9 @@ from tests.e2e.kubectl import (
     eventually,
     guardrails,
     kubectl,
+    no_type_warnings,
     read,
     scratch_namespaces,
-    type_warnings,
 )
 
 Object = dict[str, Any]
@@ -646,12 +646,6 @@ def try_names(checks: Checks, namespaces: list[str]) -> None:
                 return "left alone" if answer.status == 200 else ""
 
             checks.that(str(someone), partial(eventually, answered, 15, str(someone)))
-
-
-def no_type_warnings() -> str:
-    found = type_warnings()
-    assert not found, "; ".join(found)
-    return ""
 
 
 def check_rights(checks: Checks) -> None:
