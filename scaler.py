@@ -436,7 +436,7 @@ def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
 
     ours = {item.name.upper() for item in fields(Settings)}
     for name in sorted(environ.keys() - ours):
-        for known in get_close_matches(name.upper(), ours - environ.keys(), 1, cutoff=0.85):
+        for known in get_close_matches(name.upper(), ours, 1, cutoff=0.85):
             yield f"{name} is not a variable of the scaler: is {known} meant?"
 
 
@@ -567,8 +567,16 @@ def read_pause(value: str) -> bool:
     return word in ("true", "t", "1")
 
 
-CAME_BACK = "came back with a kubectl rollout undo, and is not carried out"
-SET_AGAIN = "; delete it, and set it again if it is meant"
+# In this order: the end of the pauses comes before them.
+PARSERS: Mapping[str, Callable[[str], Any]] = {
+    LAST_SCALE: lambda value: value.strip().partition(" ")[0],
+    RECOMMENDATIONS: read_history,
+    PAUSED_UNTIL: read_time,
+    PAUSED: read_pause,
+    PAUSED_SCALE_IN: read_pause,
+    PAUSED_SCALE_OUT: read_pause,
+    PAUSED_REPLICAS: replica_count,
+}
 
 
 def parse_state(
@@ -590,20 +598,18 @@ def parse_state(
             raise ValueError("further ahead than the longest cooldown, so it counts as absent")
         return read_time(value)
 
-    parsers: dict[str, Callable[[str], Any]] = {LAST_SCALE_TIME: past, FAILING_SINCE: past}
-    parsers |= {RECOMMENDATIONS: read_history, PAUSED_UNTIL: read_time}
-    parsers[LAST_SCALE] = lambda value: value.strip().partition(" ")[0]
-    parsers |= dict.fromkeys((PAUSED, PAUSED_SCALE_IN, PAUSED_SCALE_OUT), read_pause)
     found: dict[str, Any] = {}
     warnings = []
-    for name, parse in {**parsers, PAUSED_REPLICAS: replica_count}.items():
+    for name, parse in {LAST_SCALE_TIME: past, FAILING_SINCE: past, **PARSERS}.items():
         over = name in PAUSES and "paused_until" in found and now >= found["paused_until"]
         if over or name not in annotations:
             continue
         key, value = name.removeprefix(ANNOTATION).replace("-", "_"), annotations[name]
         try:
             if name in rolled_back:
-                raise ValueError(CAME_BACK + (SET_AGAIN if name in PAUSES else ""))
+                holds = "a pause holds" if parse is read_pause else "is not carried out"
+                advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
+                raise ValueError(f"came back with a kubectl rollout undo, and {holds}{advice}")
             found[key] = parse(value)
         except ValueError as error:
             warnings.append(f"{name}={quoted(value)}: {error}")
@@ -860,7 +866,7 @@ def busy_floor(live: Sequence[Pod], busy: set[str]) -> tuple[int, str]:
     if not ranks:
         return 0, ""
     if len({pod.owner for pod in live}) > 1:
-        return INT32_MAX, f", as a rollout is going on and {pods(len(ranks))} of it busy"
+        return INT32_MAX, f", as a rollout is going on with {pods(len(ranks))} busy"
     idle = [(pod.deletion_rank, pod.deletion_cost) for pod in live if pod.name not in busy]
     safe = sum(rank < min(ranks) for rank in idle)
     return len(live) - safe, ", as removing one would cost a busy one"
@@ -1257,7 +1263,7 @@ def open_firestore(settings: Settings) -> Client:
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 NOT_ALLOWED = (
     "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has "
-    "to allow {verb} on {resource} (rbac.yaml)"
+    "to allow {verb} on {resource} (rbac.yaml), and a RoleBinding there has to name this account"
 )
 # What an HTTP status means: the reason, the exit code (1: it gets better by itself, and is tried
 # again) and what to do. One that is not here counts as 400 or, from 500 on, as 500.

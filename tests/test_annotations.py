@@ -138,29 +138,29 @@ def test_a_number_to_hold_that_cannot_be_read_holds_what_there_is() -> None:
     assert "'lots'" in state.warnings[0] and "a whole number of pods from 0" in state.warnings[0]
 
 
-CAME_BACK = "came back with a kubectl rollout undo, and is not carried out"
-AGAIN = "; delete it, and set it again if it is meant"
+DROPPED, AGAIN = "is not carried out", "; delete it, and set it again if it is meant"
+HOLDS = "a pause holds" + AGAIN
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "paused", "advice"),
+    ("name", "value", "paused", "told"),
     [
-        ("paused", "false", {"paused"}, AGAIN),
-        ("paused-replicas", "0", {"paused"}, AGAIN),
-        ("paused-scale-in", "false", {"paused_scale_in"}, AGAIN),
-        ("paused-scale-out", "false", {"paused_scale_out"}, AGAIN),
-        ("paused-until", "2027-01-01T00:00:00Z", set(), ""),
-        ("recommendations", "1767225600:3", set(), ""),
-        ("last-scale-time", "2026-01-01T00:00:00Z", set(), ""),
+        ("paused", "false", {"paused"}, HOLDS),
+        ("paused-replicas", "0", {"paused"}, DROPPED + AGAIN),
+        ("paused-scale-in", "false", {"paused_scale_in"}, HOLDS),
+        ("paused-scale-out", "false", {"paused_scale_out"}, HOLDS),
+        ("paused-until", "2027-01-01T00:00:00Z", set(), DROPPED),
+        ("recommendations", "1767225600:3", set(), DROPPED),
+        ("last-scale-time", "2026-01-01T00:00:00Z", set(), DROPPED),
     ],
 )
 def test_what_a_rollback_brought_back_is_not_carried_out_and_a_pause_stays_one(
-    name: str, value: str, paused: set[str], advice: str
+    name: str, value: str, paused: set[str], told: str
 ) -> None:
     name = ANNOTATION + name
     state = parse_state({name: value, "team": "renders"}, SETTINGS, START, frozenset((name,)))
     [warning] = state.warnings
-    assert warning.startswith(f"{name}={value!r}") and warning.endswith(CAME_BACK + advice)
+    assert warning == f"{name}={value!r}: came back with a kubectl rollout undo, and {told}"
     assert state == State(warnings=(warning,), **dict.fromkeys(paused, True))  # type: ignore[arg-type]
 
 
