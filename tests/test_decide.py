@@ -111,6 +111,8 @@ RULES = {
         replace(TO_ZERO, scale_down_step="50%"), observed(1), 0, "ScaledDown"),
     "a small percentage removes one pod": (
         replace(WIDE, scale_down_step="1%"), observed(9), 8, "ScaledDown"),
+    "90 percent of 100 leaves 9, as in the HPA's floating point": (
+        replace(CALM, max_replicas=200, scale_down_step="90%"), observed(100), 9, "ScaledDown"),
     "a step over 100 percent goes no lower than wanted": (
         replace(CALM, scale_down_step="150%"), observed(3), 1, "ScaledDown"),
     "a step of 0 switches scale-up off": (

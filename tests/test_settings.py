@@ -317,6 +317,7 @@ def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(
     warning = f"WARNING AutoScaler {typo} is not a variable of the scaler: is {meant} meant?\n"
     assert run.exit_code == 0 and warning in run.stdout, run
     assert run.stdout.count("is not a variable") == 1, "the nearest only"
+    assert warning in world.run(**{typo: "2", meant: world.environment().get(meant, "3")}).stdout
     assert "is not a variable" not in world.run(HOSTNAME="x", PYTHONPATH="").stdout
 
 

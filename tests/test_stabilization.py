@@ -263,3 +263,23 @@ def test_a_queue_that_stays_empty_gives_the_pods_back_after_300_seconds(
     assert world.now == (begun or START) + timedelta(minutes=6)
     world.run()
     assert set(world.annotations) == {"last-scale", "last-scale-time"}, "at rest again"
+
+
+def held(settings: Settings, current: int, *looks: tuple[int, int]) -> scaler.Decision:
+    """The decision for an empty queue after looks so many seconds ago, each with its number."""
+    now = int(START.timestamp())
+    state = scaler.State(recommendations=tuple((now - ago, number) for ago, number in looks))
+    return decide(settings, Inputs(START, current, state, QueueLength(0)))
+
+
+def test_a_scale_down_to_what_is_wanted_leaves_nothing_to_remember() -> None:
+    settings = replace(ANY_NUMBER, min_replicas=1)
+    decision = held(settings, 3, (200, 1), (100, 1))
+    assert (decision.reason, decision.replicas) == ("ScaledDown", 1)
+    assert decision.annotations[scaler.RECOMMENDATIONS] is None
+
+
+def test_the_usual_gap_is_the_one_between_the_last_two_looks() -> None:
+    settings = replace(ANY_NUMBER, min_replicas=1, scale_down_stabilization_seconds=60)
+    assert held(settings, 3, (2000, 3), (1900, 3), (300, 1)).reason == "ScaledDown"
+    assert held(settings, 3, (2000, 3), (400, 1), (300, 1)).reason == "ScaleDownStabilized"
