@@ -68,8 +68,9 @@ class Access:
 
     def identify(self, headers: Mapping[str, str]) -> Identity:
         """Whose token this is or, from an administrator, whom it is to stand for."""
-        token = headers.get("authorization", "").removeprefix("Bearer ")
-        caller = self.tokens.get(token.strip(), Identity())
+        # "bearer" as well: the Python client writes it so inside a cluster.
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        caller = self.tokens.get(token.strip() if scheme.lower() == "bearer" else "", Identity())
         other = headers.get("impersonate-user", "")
         return Identity(other if caller.admin else "") if other else caller
 
