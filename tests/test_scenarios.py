@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import pytest
 from google.cloud.firestore import Client
 
+import scaler
+from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
-from tests.support.world import Run, World
+from tests.support.world import START, Run, World
 
 
 def wait(jobs: Client, number: int) -> None:
@@ -51,23 +55,37 @@ def test_the_guides_four_scenarios_one_after_the_other(emulated: World, jobs: Cl
 
 
 def test_a_run_is_one_line_for_people_or_one_object_for_cloud_logging(
-    emulated: World, jobs: Client
+    world: World, queue: FakeFirestore
 ) -> None:
-    wait(jobs, 1)
-    line = emulated.run().stdout
+    queue.fill(1)
+    line = world.run().stdout
     assert line.count("\n") == 1 and "AutoScaler default/worker AtTarget: 1 job waiting" in line
-    entry = json.loads(emulated.run(LOG_FORMAT="json").stdout)
+    entry = json.loads(world.run(LOG_FORMAT="json").stdout)
     assert entry["severity"] == "INFO" and "AutoScaler" in entry["message"]
     assert entry["reason"] == "AtTarget" and entry["waiting"] == 1
 
 
-def test_debug_shows_every_call_with_its_duration(emulated: World, jobs: Client) -> None:
-    wait(jobs, 2)
-    lines = emulated.run(LOG_LEVEL="DEBUG").stdout.splitlines()
+def test_debug_shows_every_call_with_its_duration(world: World, queue: FakeFirestore) -> None:
+    queue.fill(2)
+    lines = world.run(LOG_LEVEL="DEBUG").stdout.splitlines()
     debug = "\n".join(line for line in lines if " DEBUG " in line)
     for call in ("GET /apis", "PATCH /apis", "POST /api/v1"):
         assert re.search(rf"{call}\S*: 20\d in \d+\.\d{{3}} s", debug), debug
     assert re.search(r"counting waiting jobs took \d+\.\d{3} s: 2", debug), debug
+
+
+def test_inside_a_cluster_a_run_is_the_service_account_of_its_pod(
+    queue: FakeFirestore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(scaler.SERVICE_ACCOUNT) == "/var/run/secrets/kubernetes.io/serviceaccount"
+    account = tmp_path / "account"
+    monkeypatch.setattr(scaler, "SERVICE_ACCOUNT", account)
+    with FakeKubernetes(tls=True) as cluster:
+        cluster.add_deployment("worker", replicas=1)
+        world = World(cluster, queue.host, now=START, directory=tmp_path)
+        queue.fill(2)
+        run = world.run(KUBECONFIG="", **cluster.write_service_account(account))
+        assert (run.exit_code, run.record["namespace"], world.replicas) == (0, "default", 2), run
 
 
 def test_collection_groups_nested_paths_and_other_filters(emulated: World, jobs: Client) -> None:
