@@ -241,6 +241,20 @@ def test_a_job_claimed_between_the_marking_and_the_patch_protects_its_pod(
     assert sorted(live(world)) == sorted([*busy, late]), run
 
 
+def test_a_scale_down_waits_where_it_would_take_more_than_one_mark_a_pod(
+    world: World, queue: FakeFirestore
+) -> None:
+    """Each pod had to be marked, and then one takes a job: the next run has fewer marks to make."""
+    pods = live(world)
+    mark(world, pods, "7")
+    last = replace(PATCHED_POD, name=pods[-1])
+    world.cluster.hook(last, lambda _: hold(queue, [pods[0]]), "after")
+    run = world.run()
+    assert run.reason == "WorkersBusy" and "while the pods were marked" in run.stdout, run
+    assert live(world) == pods and len(world.cluster.calls(PATCHED_POD)) == len(pods)
+    assert world.run().reason == "ScaledDown" and pods[0] in live(world)
+
+
 @pytest.mark.parametrize("order", [None, "2"])
 def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones(
     world: World, queue: FakeFirestore, order: str | None
