@@ -245,12 +245,21 @@ class Controllers:
 def pod_status(spec: Object, now: str) -> Object:
     """The status of a new pod: running and ready at once, or waiting for a node."""
     if not spec.get("nodeName"):
-        return {"phase": "Pending"}
-    ready = {"type": "Ready", "status": "True", "lastTransitionTime": now}
-    containers = [{"restartCount": 0}]
+        return {"phase": "Pending", "qosClass": "BestEffort"}
+    conditions = [
+        {"type": kind, "status": "True", "lastTransitionTime": now}
+        for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
+    ]
+    containers = [
+        {
+            "name": container["name"], "image": container["image"], "imageID": "sha256:0",
+            "ready": True, "restartCount": 0, "state": {"running": {"startedAt": now}},
+        }
+        for container in spec["containers"]
+    ]  # fmt: skip
     return {
-        "phase": "Running", "startTime": now, "conditions": [ready],
-        "containerStatuses": containers,
+        "phase": "Running", "conditions": conditions, "containerStatuses": containers,
+        "startTime": now, "qosClass": "BestEffort",
     }  # fmt: skip
 
 
