@@ -80,19 +80,17 @@ INT32_MAX = 2**31 - 1  # the most that Kubernetes takes for replicas, and Firest
 class Failure(Exception):
     """Why a look ends without the change it wanted: a reason, a sentence for people, an exit code.
 
-    `transient`: it can get better by itself, and is tried again before the deadline, not before
-    `retry_after` seconds have passed. `status` is the API server's HTTP status, 0 for none.
-    `read_again`: the Deployment changed since it was read, or may have been changed by us.
+    `transient`: it is worth another try before the deadline, not before `retry_after` seconds have
+    passed. `status` is the API server's HTTP status. `read_again`: the Deployment changed since it
+    was read, or may have been changed by us.
     """
 
     status, retry_after, read_again = 0, 0.0, False
 
-    def __init__(
-        self, reason: Reason, message: str, exit_code: int = 1, transient: bool = False
-    ) -> None:
+    def __init__(self, reason: Reason, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        self.exit_code, self.transient = exit_code, transient
+        self.exit_code, self.transient = exit_code, exit_code == 1
 
 
 class QueueFailure(Failure):
@@ -102,11 +100,21 @@ class QueueFailure(Failure):
 # ---------------------------------------------------------------------------------- settings
 
 Filter = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
+Parser = Callable[[str], Any]  # raises ValueError, which says what it expected
+
 # The web's spelling, and the Python client's; people copy from both.
 ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not-in", *ARRAY)
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 MAP_DEPTH = 20  # how deep Firestore lets values be nested
+SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
+# Of a field's path: as the API takes it, or else without a space around it, which would match
+# nothing, for ever.
+FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
+FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
+SCHEDULED = rf"(?i)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
 
 
 def quoted(value: object) -> str:
@@ -115,9 +123,7 @@ def quoted(value: object) -> str:
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
-def matching(
-    pattern: str, expected: str, convert: Callable[[str], Any] = str
-) -> Callable[[str], Any]:
+def matching(pattern: str, expected: str, convert: Parser = str) -> Parser:
     """A parser of text that has to match a pattern as a whole."""
 
     def parse(raw: str) -> Any:
@@ -128,7 +134,7 @@ def matching(
     return parse
 
 
-def bounded_integer(least: int, most: int, unit: str) -> Callable[[str], int]:
+def bounded_integer(least: int, most: int, unit: str) -> Parser:
     def parse(raw: str) -> int:
         if not re.fullmatch(r"[0-9]{1,10}", raw) or not least <= int(raw) <= most:
             raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
@@ -141,34 +147,6 @@ def api_field_path(raw: str) -> str:
     """A field's path with quotes where the API needs them and people leave them out."""
     return re.sub(FIELD, lambda part: part[1] or "`" + part[0].replace("\\", r"\\") + "`", raw)
 
-
-def week(raw: str) -> frozenset[int]:
-    first, _, last = raw.lower().partition("-")
-    since, until = WEEKDAYS.index(first), WEEKDAYS.index(last or first)
-    return frozenset((since + day) % 7 for day in range((until - since) % 7 + 1))
-
-
-def day_minutes(raw: str) -> list[int]:
-    return [int(time[:2]) * 60 + int(time[3:]) for time in raw.split("-")]
-
-
-def time_zone(name: str) -> tzinfo:
-    # Only for those who use it: every import is paid 1,440 times a day.
-    from zoneinfo import ZoneInfo
-
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
-        raise ValueError("expected a time zone, as Asia/Seoul or UTC") from None
-
-
-SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
-# Of a field's path: as the API takes it, or else without a space around it, which would match
-# nothing, for ever.
-FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
-FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
 
 non_empty = matching(r"(?s).+", "a name, not an empty one")
 object_name = matching(
@@ -187,15 +165,14 @@ field_path = matching(
     api_field_path,
 )
 boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
+level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR")
+line_format = matching("(?i)text|json", "text or json")
 step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
 replica_count = bounded_integer(0, INT32_MAX, "pods")
 positive = bounded_integer(1, INT32_MAX, "pods or jobs")
 seconds = bounded_integer(0, 31_536_000, "seconds")
 window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
-days = matching(rf"(?i)({DAY})(-({DAY}))?", "a day or a range of days, as Sat or Mon-Fri", week)
-hours = matching(
-    rf"({TIME})-(?!\1)(24:00|{TIME})", "hours from 00:00 to 24:00, as 07:30-20:00", day_minutes
-)
+budget_seconds = bounded_integer(1, 3600, "seconds")
 
 
 def filters(raw: str) -> tuple[Filter, ...]:
@@ -243,46 +220,49 @@ def encodable(value: object, depth: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class ScheduledMinimum:
-    """Hours of the week with a higher minimum: pods, days from Monday (0) on, the first minute of
-    the day in local time and the one after the last; an end before the begin is on the next day."""
+    """Hours of the week with a higher minimum, in pods. `days` count from Monday (0), `begin` and
+    `end` are minutes of the day; hours past midnight belong to the day on which they begin."""
 
     text: str
     replicas: int
     days: frozenset[int]
-    minutes: Sequence[int]
+    begin: int
+    end: int
     timezone: tzinfo
 
     def in_force(self, now: datetime) -> bool:
-        local, (begin, end) = now.astimezone(self.timezone), self.minutes
-        minute, past_midnight = local.hour * 60 + local.minute, end < begin
-        day = (local.weekday() - (past_midnight and minute < end)) % 7
-        inside = not end <= minute < begin if past_midnight else begin <= minute < end
-        return day in self.days and inside
+        local, day, week = now.astimezone(self.timezone), 24 * 60, 7 * 24 * 60
+        minute = local.weekday() * day + local.hour * 60 + local.minute
+        length = (self.end - self.begin) % day or day
+        return any((minute - start * day - self.begin) % week < length for start in self.days)
 
 
 def scheduled_minimums(raw: str) -> tuple[ScheduledMinimum, ...]:
     """Hours in the syntax of kube-downscaler, each with its number of pods in front."""
-    return tuple(scheduled_minimum(part.split()) for part in raw.split(";"))
+    return tuple(scheduled_minimum(" ".join(part.split())) for part in raw.split(";"))
 
 
-def scheduled_minimum(words: Sequence[str]) -> ScheduledMinimum:
-    text, parsers = " ".join(words), (replica_count, days, hours, time_zone)
-    if len(words) != len(parsers):
+def scheduled_minimum(text: str) -> ScheduledMinimum:
+    from zoneinfo import ZoneInfo  # for those who use it: every import is paid 1,440 times a day
+
+    found = re.fullmatch(SCHEDULED, text)
+    if not found:
         form = "expected PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul"
-        raise ValueError(f"{quoted(text)}: {form}")
-    values: list[Any] = []
-    for word, parse in zip(words, parsers, strict=True):
-        try:
-            values.append(parse(word))
-        except ValueError as error:
-            raise ValueError(f"{quoted(text)}: {quoted(word)}: {error}") from None
-    return ScheduledMinimum(text, *values)
+        raise ValueError(f"{quoted(text)}: {form}, hours from 00:00 to 24:00")
+    replicas, first, last, begin, end, zone = found.groups()
+    since, until = WEEKDAYS.index(first.lower()), WEEKDAYS.index((last or first).lower())
+    days = frozenset((since + day) % 7 for day in range((until - since) % 7 + 1))
+    minutes = [int(time[:2]) * 60 + int(time[3:]) for time in (begin, end)]
+    try:
+        return ScheduledMinimum(text, int(replicas), days, minutes[0], minutes[1], ZoneInfo(zone))
+    except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
+        raise ValueError(f"{quoted(zone)}: expected a time zone, as Asia/Seoul or UTC") from None
 
 
 REQUIRED = "required"
 
 
-def setting(parse: Callable[[str], Any], default: str | None, meaning: str, shown: str = "") -> Any:
+def setting(parse: Parser, default: str | None, meaning: str, shown: str = "") -> Any:
     """A field of Settings, read from the variable of the same name in upper case.
 
     `default` is written as the variable would be, None where there is none; `shown` says for
@@ -298,66 +278,57 @@ class Settings:
 
     # fmt: off
     deployment: str = setting(object_name, None, "name of the Deployment to scale", REQUIRED)
-    namespace: str | None = setting(
-        object_name, None, "its namespace",
+    namespace: str | None = setting(object_name, None, "its namespace",
         "the pod's own; outside a cluster, the kubeconfig context's")
-    firestore_project: str | None = setting(
-        non_empty, None, "Google Cloud project", "from the credentials")
+    firestore_project: str | None = setting(non_empty, None, "Google Cloud project",
+        "from the credentials")
     firestore_database: str = setting(non_empty, "(default)", "database id")
-    queue_collection: str = setting(
-        collection, None,
+    queue_collection: str = setting(collection, None,
         "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
-    queue_collection_group: bool = setting(
-        boolean, "false", "true: count every collection of that id, wherever it lies")
-    waiting_filter: tuple[Filter, ...] = setting(
-        filters, '[["status", "==", "waiting"]]', "JSON list of Firestore filters "
-        "[field, op, value], all of which a waiting job meets; [] counts every document")
-    busy_filter: tuple[Filter, ...] | None = setting(
-        filters, None, "the same for a job that a pod is working on", "unset: not busy-aware")
-    busy_pod_field: str = setting(
-        field_path, "assignedPodId", "field of a job's document that holds the name of its pod")
-    min_replicas: int = setting(
-        replica_count, "1", "lower end of the range, in pods; 0 scales to zero")
+    queue_collection_group: bool = setting(boolean, "false",
+        "true: count every collection of that id, wherever it lies")
+    waiting_filter: tuple[Filter, ...] = setting(filters, '[["status", "==", "waiting"]]',
+        "JSON list of Firestore filters [field, op, value], all of which a waiting job meets; "
+        "[] counts every document")
+    busy_filter: tuple[Filter, ...] | None = setting(filters, None,
+        "the same for a job that a pod is working on", "unset: not busy-aware")
+    busy_pod_field: str = setting(field_path, "assignedPodId",
+        "field of a job's document that holds the name of its pod")
+    min_replicas: int = setting(replica_count, "1",
+        "lower end of the range, in pods; 0 scales to zero")
     max_replicas: int = setting(positive, "3", "upper end of the range, in pods")
-    scheduled_min_replicas: tuple[ScheduledMinimum, ...] | None = setting(
-        scheduled_minimums, None, "hours with a higher minimum, separated by ;, each "
-        "PODS DAYS HOURS TIMEZONE, such as 5 Mon-Fri 07:30-20:00 Asia/Seoul", "unset")
+    scheduled_min_replicas: tuple[ScheduledMinimum, ...] | None = setting(scheduled_minimums, None,
+        "hours with a higher minimum, separated by ;, each PODS DAYS HOURS TIMEZONE, such as "
+        "5 Mon-Fri 07:30-20:00 Asia/Seoul", "unset")
     jobs_per_pod: int = setting(positive, "1", "target jobs a pod, waiting and busy together")
-    scale_up_cooldown_seconds: int = setting(
-        seconds, "120", "least time from a scale-up to the next scale-up")
-    scale_down_cooldown_seconds: int = setting(
-        seconds, "300", "least time from any scale to a scale-down")
-    scale_up_stabilization_seconds: int = setting(
-        window_seconds, "0", "window as in the HPA's behavior.scaleUp, at most 3600")
-    scale_down_stabilization_seconds: int = setting(
-        window_seconds, "300", "window as in the HPA's behavior.scaleDown, at most 3600")
-    scale_up_step: str | None = setting(
-        step, None, "most pods added in one scale, as 2 or 50%; 0 switches scale-up off",
-        "unset: no limit")
-    scale_down_step: str | None = setting(
-        step, None, "most pods removed in one scale, as 2 or 50%; 0 switches scale-down off",
-        "unset: no limit")
-    fallback_replicas: int | None = setting(
-        replica_count, None, "floor held when the queue stays unreadable; it only ever adds pods",
-        "unset: hold")
+    scale_up_cooldown_seconds: int = setting(seconds, "120",
+        "least time from a scale-up to the next scale-up")
+    scale_down_cooldown_seconds: int = setting(seconds, "300",
+        "least time from any scale to a scale-down")
+    scale_up_stabilization_seconds: int = setting(window_seconds, "0",
+        "window as in the HPA's behavior.scaleUp, at most 3600")
+    scale_down_stabilization_seconds: int = setting(window_seconds, "300",
+        "window as in the HPA's behavior.scaleDown, at most 3600")
+    scale_up_step: str | None = setting(step, None,
+        "most pods added in one scale, as 2 or 50%; 0 switches scale-up off", "unset: no limit")
+    scale_down_step: str | None = setting(step, None,
+        "most pods removed in one scale, as 2 or 50%; 0 switches scale-down off", "unset: no limit")
+    fallback_replicas: int | None = setting(replica_count, None,
+        "floor held when the queue stays unreadable; it only ever adds pods", "unset: hold")
     fallback_after_seconds: int = setting(seconds, "180", "how long unreadable before that")
-    polling_interval_seconds: int | None = setting(
-        seconds, None, "look again every so many seconds, 1 or more and less than TIMEOUT_SECONDS",
+    polling_interval_seconds: int | None = setting(seconds, None,
+        "look again every so many seconds, 1 or more and less than TIMEOUT_SECONDS",
         "unset: one look a run")
-    timeout_seconds: int = setting(
-        bounded_integer(1, 3600, "seconds"), "45",
+    timeout_seconds: int = setting(budget_seconds, "45",
         "budget of the whole run, retries and looks included")
-    dry_run: bool = setting(
-        boolean, "false", "decide and report, change nothing (--dry-run does the same)")
-    log_level: str = setting(
-        matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR"), "INFO",
-        "DEBUG, INFO, WARNING or ERROR")
-    log_format: str = setting(
-        matching("(?i)text|json", "text or json"), "text",
+    dry_run: bool = setting(boolean, "false",
+        "decide and report, change nothing (--dry-run does the same)")
+    log_level: str = setting(level, "INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: str = setting(line_format, "text",
         "json: one JSON object a line, with severity and message as Cloud Logging reads them")
-    termination_log: str = setting(
-        non_empty, "/dev/termination-log", "where the result record goes; the default is written "
-        "only where it exists (in a pod), a path that was set is created")
+    termination_log: str = setting(non_empty, "/dev/termination-log",
+        "where the result record goes; the default is written only where it exists (in a pod), "
+        "a path that was set is created")
     # fmt: on
 
     @property
@@ -444,6 +415,7 @@ def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
 
 Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
 Hold = tuple[Reason, str]  # why the replicas stay, and the end of the sentence that says so
+BUSY_COST = INT32_MAX
 
 
 @dataclass(frozen=True)
@@ -458,6 +430,17 @@ class QueueLength:
         waiting = f"{self.waiting} or more" if self.capped else str(self.waiting)
         jobs = "job" if waiting == "1" else "jobs"
         return f"{waiting} {jobs} waiting" + ("" if self.busy is None else f", {self.busy} busy")
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A live pod. `deletion_rank` orders pods as the ReplicaSet controller does before it looks at
+    deletion costs: those that sort first are removed first."""
+
+    name: str
+    owner: str
+    deletion_rank: tuple[bool, int, bool]
+    deletion_cost: int
 
 
 @dataclass(frozen=True)
@@ -568,9 +551,11 @@ def read_pause(value: str) -> bool:
 
 
 # In this order: the end of the pauses comes before them.
-PARSERS: Mapping[str, Callable[[str], Any]] = {
+PARSERS: Mapping[str, Parser] = {
+    LAST_SCALE_TIME: read_time,
     LAST_SCALE: lambda value: value.strip().partition(" ")[0],
     RECOMMENDATIONS: read_history,
+    FAILING_SINCE: read_time,
     PAUSED_UNTIL: read_time,
     PAUSED: read_pause,
     PAUSED_SCALE_IN: read_pause,
@@ -592,15 +577,10 @@ def parse_state(
     pause among them holds, with the number of pods that is there.
     """
     cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
-
-    def past(value: str) -> datetime:
-        if read_time(value) > now + timedelta(seconds=max(cooldowns)):
-            raise ValueError("further ahead than the longest cooldown, so it counts as absent")
-        return read_time(value)
-
+    latest = now + timedelta(seconds=max(cooldowns))
     found: dict[str, Any] = {}
     warnings = []
-    for name, parse in {LAST_SCALE_TIME: past, FAILING_SINCE: past, **PARSERS}.items():
+    for name, parse in PARSERS.items():
         over = name in PAUSES and "paused_until" in found and now >= found["paused_until"]
         if over or name not in annotations:
             continue
@@ -610,7 +590,10 @@ def parse_state(
                 holds = "a pause holds" if parse is read_pause else "is not carried out"
                 advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
                 raise ValueError(f"came back with a kubectl rollout undo, and {holds}{advice}")
-            found[key] = parse(value)
+            parsed = parse(value)
+            if name in (LAST_SCALE_TIME, FAILING_SINCE) and parsed > latest:
+                raise ValueError("further ahead than the longest cooldown, so it counts as absent")
+            found[key] = parsed
         except ValueError as error:
             warnings.append(f"{name}={quoted(value)}: {error}")
             if name in PAUSES:
@@ -691,21 +674,6 @@ def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
     return conclude(inputs, ruling, reason, f"{pods(inputs.current)} where {limit}")
 
 
-Rule = Callable[[Settings, Inputs, int], "int | Hold"]
-
-
-def apply_rules(
-    rules: Sequence[Rule], settings: Settings, inputs: Inputs, target: int
-) -> int | Hold:
-    """One rule after another, each on the number of the one before; the first hold ends it."""
-    for rule in rules:
-        ruling = rule(settings, inputs, target)
-        if not isinstance(ruling, int):
-            return ruling
-        target = ruling
-    return target
-
-
 def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
     """Rules 4 to 8, and what the stabilization windows have to remember of them."""
     desired, why = recommend(settings, inputs)
@@ -722,6 +690,21 @@ def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
     return replace(decision, desired=desired, annotations=annotations)
 
 
+Rule = Callable[[Settings, Inputs, int], "int | Hold"]
+
+
+def apply_rules(
+    rules: Sequence[Rule], settings: Settings, inputs: Inputs, target: int
+) -> int | Hold:
+    """One rule after another, each on the number of the one before; the first hold ends it."""
+    for rule in rules:
+        ruling = rule(settings, inputs, target)
+        if not isinstance(ruling, int):
+            return ruling
+        target = ruling
+    return target
+
+
 def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     """Rule 4: enough pods for the jobs waiting and busy, within the range; and what the queue
     asks for, as the beginning of a sentence."""
@@ -736,22 +719,17 @@ def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     return desired, f"{queue}: {pods(desired)} wanted{bound}"
 
 
-def hold(inputs: Inputs, target: int, up: Reason, down: Reason, because: str) -> Hold:
-    """A hold with the reason of the direction in which the target lies."""
-    return (up if target > inputs.current else down), because
-
-
-def switched(inputs: Inputs, target: int, until: str = "") -> Hold:
+def disabled(up: bool, until: str = "") -> Hold:
     """A direction that is switched off."""
-    because = f", as scale-{'up' if target > inputs.current else 'down'} is switched off{until}"
-    return hold(inputs, target, "ScaleUpDisabled", "ScaleDownDisabled", because)
+    because = f", as scale-{'up' if up else 'down'} is switched off{until}"
+    return ("ScaleUpDisabled" if up else "ScaleDownDisabled"), because
 
 
 def paused_direction(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     """Rule 1, the forms that switch a direction off."""
-    state = inputs.state
-    off = state.paused_scale_out if target > inputs.current else state.paused_scale_in
-    return switched(inputs, target, state.until) if off else target
+    state, up = inputs.state, target > inputs.current
+    off = state.paused_scale_out if up else state.paused_scale_in
+    return disabled(up, state.until) if off else target
 
 
 def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
@@ -770,7 +748,7 @@ def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     left = newest + window - int(inputs.now.timestamp())
     variable = f"SCALE_{'UP' if up else 'DOWN'}_STABILIZATION_SECONDS"
     because = f" for {left} s more ({variable}={window})"
-    return hold(inputs, target, "ScaleUpStabilized", "ScaleDownStabilized", because)
+    return ("ScaleUpStabilized" if up else "ScaleDownStabilized"), because
 
 
 # Looks at most this far apart, in seconds, are in a row: one run a minute, and one that is missed.
@@ -821,7 +799,7 @@ def limit_step(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
         return target
     size = int(limit.rstrip("%"))
     if size == 0:
-        return switched(inputs, target)
+        return disabled(up)
     if up:
         most = math.ceil(current * (1 + size / 100)) if "%" in limit else current + size
         return min(target, max(most, current + 1))
@@ -836,20 +814,6 @@ def leave_busy_pods(settings: Settings, inputs: Inputs, target: int) -> int | Ho
     if inputs.busy_floor >= inputs.current:
         return "WorkersBusy", inputs.busy_because
     return max(target, inputs.busy_floor)
-
-
-@dataclass(frozen=True)
-class Pod:
-    """A live pod. `deletion_rank` orders pods as the ReplicaSet controller does before it looks at
-    deletion costs: those that sort first are removed first."""
-
-    name: str
-    owner: str
-    deletion_rank: tuple[bool, int, bool]
-    deletion_cost: int
-
-
-BUSY_COST = INT32_MAX
 
 
 def busy_floor(live: Sequence[Pod], busy: set[str]) -> tuple[int, str]:
@@ -884,7 +848,7 @@ def cool_down(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
         return target
     variable = f"SCALE_{'UP' if up else 'DOWN'}_COOLDOWN_SECONDS"
     because = f" for {left} s more ({variable}={cooldown} since {write_time(last)})"
-    return hold(inputs, target, "ScaleUpCooldown", "ScaleDownCooldown", because)
+    return ("ScaleUpCooldown" if up else "ScaleDownCooldown"), because
 
 
 def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> Decision:
@@ -918,7 +882,7 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
 
 # --------------------------------------------------------------- one run: its time, its report
 
-RECORD_BYTES = 4095
+RECORD_BYTES = 4095  # the kubelet keeps less than 4,096
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR")
 SECRETS = re.compile(
@@ -957,14 +921,12 @@ class Run:
 
     def __post_init__(self) -> None:
         # A value that is not accepted is reported with the other settings, as by default.
+        words = {name: value.strip().upper() for name, value in self.environ.items()}
+        level = words.get("LOG_LEVEL")
+        self.severities = SEVERITIES[SEVERITIES.index(level) if level in SEVERITIES else 1 :]
+        self.as_json = words.get("LOG_FORMAT") == "JSON"
+        self.dry_run = words.get("DRY_RUN") == "TRUE"
         self.begun = self.clock()
-        self.dry_run = self._word("DRY_RUN") == "TRUE"
-        self.as_json = self._word("LOG_FORMAT") == "JSON"
-        level = self._word("LOG_LEVEL")
-        self.severities = SEVERITIES[SEVERITIES.index(level if level in SEVERITIES else "INFO") :]
-
-    def _word(self, variable: str) -> str:
-        return self.environ.get(variable, "").strip().upper()
 
     def now(self) -> datetime:
         """The beginning of the run plus whole seconds since: most looks have one time only, and
@@ -984,7 +946,7 @@ class Run:
     def left(self, reserve: bool = False) -> float:
         """Seconds until the look's deadline. The queue, and reading again, keep the time of one
         call in reserve for what comes after, such as the patch of a fallback."""
-        return self.deadline - time.monotonic() - (self.call_seconds if reserve else 0)
+        return max(0.0, self.deadline - time.monotonic() - (self.call_seconds if reserve else 0))
 
     def for_call(self, reserve: bool = False) -> float:
         """Seconds for one call. Never 0, which the clients would read as no limit."""
@@ -992,18 +954,17 @@ class Run:
 
     def retrying(self, flag: str, reserve: bool = False) -> Retrying:
         """Tries again after failures with that flag, with growing, jittered pauses, or the server's
-        Retry-After where that is longer, as long as the next try still begins before the deadline.
-        """
+        Retry-After where that is longer, while the next try still begins before the deadline."""
         import tenacity
 
         backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
 
         def pause(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            return max(backoff(state), error.retry_after if isinstance(error, Failure) else 0.0)
+            error = state.outcome and state.outcome.exception()
+            return max(backoff(state), getattr(error, "retry_after", 0.0))
 
-        again = tenacity.retry_if_exception(lambda error: bool(getattr(error, flag, False)))
-        stop = tenacity.stop_before_delay(max(0.0, self.left(reserve)))
+        again = tenacity.retry_if_exception(lambda error: getattr(error, flag, False))
+        stop = tenacity.stop_before_delay(self.left(reserve))
         return tenacity.Retrying(retry=again, wait=pause, stop=stop, reraise=True)
 
     def enter(self, stage: str, reason: Reason) -> None:
@@ -1011,12 +972,14 @@ class Run:
         self.stage, self.stage_reason = stage, reason
 
     def break_off(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
-        """The decision of a look that ends without one, or before it was carried out."""
-        replicas = None if self.in_doubt else self.current
+        """What a look that ends early comes to: what it has done, or else that nothing changes."""
+        if self.done:
+            return self.done
         if self.in_doubt:
             why += "; whether the patch arrived is not known, the next look will see"
-        elif replicas is not None:
-            why += f"; stays at {pods(replicas)}"
+        elif self.current is not None:
+            why += f"; stays at {pods(self.current)}"
+        replicas = None if self.in_doubt else self.current
         reason = reason or self.stage_reason
         return Decision(replicas, reason, why, self.current, exit_code=exit_code)
 
@@ -1053,10 +1016,13 @@ class Run:
     def record(self, decision: Decision) -> dict[str, Any]:
         """The result record of a decision."""
         queue, change = decision.queue, decision.change
+        # As they were set, right or wrong.
+        names = [self.environ.get(variable) for variable in ("NAMESPACE", "DEPLOYMENT")]
+        namespace, deployment = (name and one_line(name, 253) for name in names)
         record = {
             "time": write_time(self.now()),
-            "namespace": self.namespace or self._name_in("NAMESPACE"),
-            "deployment": self._name_in("DEPLOYMENT"),
+            "namespace": self.namespace or namespace,
+            "deployment": deployment,
             "waiting": queue.waiting if queue else None,
             "waitingCapped": bool(queue and queue.capped),
             "busy": queue.busy if queue else None,
@@ -1070,11 +1036,6 @@ class Run:
             "durationSeconds": round(time.monotonic() - self.started, 3),
         }
         return record if self.interval is None else {**record, "looks": self.looks}
-
-    def _name_in(self, variable: str) -> str | None:
-        """A name as it was set, right or wrong, in a form that fits into a line."""
-        value = self.environ.get(variable)
-        return None if value is None else one_line(value.encode(errors="replace").decode(), 253)
 
     def end(self, why: str = "") -> int:
         """Write the result record: the last look's if that failed, else the last one's that
@@ -1092,15 +1053,14 @@ class Run:
         return self.last.exit_code
 
 
-def encode_record(record: Mapping[str, Any]) -> bytes:
-    """JSON of less than the 4,096 bytes that the kubelet keeps; the message gives way."""
-    message = str(record["message"])
+def encode_record(record: dict[str, Any]) -> bytes:
+    """JSON of no more than RECORD_BYTES; the message gives way."""
     while True:
-        shown = json.dumps({**record, "message": message}, ensure_ascii=False)
-        data = shown.encode(errors="replace")
+        data = json.dumps(record, ensure_ascii=False).encode(errors="replace")
+        message = record["message"]
         if len(data) <= RECORD_BYTES or not message:
             return data
-        message = message[: len(message) * 3 // 4]
+        record = {**record, "message": message[: len(message) * 3 // 4]}
 
 
 def scrub(message: str) -> str:
@@ -1108,18 +1068,19 @@ def scrub(message: str) -> str:
     return SECRETS.sub("[removed]", message)
 
 
-def one_line(error: object, most: int = 1200) -> str:
+def one_line(text: object, most: int = 1200) -> str:
     """An error of a library, or a name, in one line of so many characters at most."""
-    line = " ".join(scrub(str(error)).split()) or type(error).__name__
+    line = " ".join(scrub(str(text)).encode(errors="replace").decode().split())
+    line = line or type(text).__name__
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
 # ------------------------------------------------------------------------------------- queue
 
+# By gRPC status code: what gets better by itself, and what to do where nothing does.
 TRANSIENT_CODES = frozenset(
     ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CANCELLED"]
 )
-# What to do where nothing gets better by itself.
 ADVICE = {
     "UNAUTHENTICATED": "check GOOGLE_APPLICATION_CREDENTIALS or Workload Identity",
     "PERMISSION_DENIED": "grant the scaler's Google account the IAM role roles/datastore.viewer",
@@ -1138,7 +1099,9 @@ def queue_failure(doing: str, error: Exception) -> QueueFailure:
         denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
         reason: Reason = "Forbidden" if denied else "QueueUnavailable"
         return QueueFailure(reason, f"{message}; {ADVICE[code]}", exit_code=2)
-    return QueueFailure("QueueUnavailable", message, transient=code in TRANSIENT_CODES)
+    failure = QueueFailure("QueueUnavailable", message)
+    failure.transient = code in TRANSIENT_CODES
+    return failure
 
 
 class JobQueue:
@@ -1173,14 +1136,13 @@ class JobQueue:
 
     def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
         """Which of these pods hold a busy job."""
-
-        name, batches = self._settings.busy_pod_field, self._busy_filters(pod_names)
-        doing = "reading which pods are busy"
+        name, doing = self._settings.busy_pod_field, "reading which pods are busy"
 
         def read(query: Any, **call: Any) -> set[str]:
             return {str(job.get(name)) for job in query.select([name]).stream(**call)}
 
-        return {name for batch in batches for name in self._ask(doing, read, batch)}
+        batches = self._busy_filters(pod_names)
+        return {pod for batch in batches for pod in self._ask(doing, read, batch)}
 
     def _busy_filters(self, pod_names: Sequence[str]) -> Iterator[list[Filter]]:
         """The filters for as many pods as Firestore takes in an `in`, whose limit is on the product
@@ -1231,7 +1193,7 @@ class JobQueue:
             self._run.enter("looking for Google credentials", "QueueUnavailable")
             self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
         try:
-            return self._opening.result(max(0.05, self._run.left(reserve=True)))
+            return self._opening.result(self._run.left(reserve=True))
         except TimeoutError:
             problem = "Google's metadata server did not answer while looking for credentials"
             raise QueueFailure("QueueUnavailable", problem) from None
@@ -1265,8 +1227,8 @@ NOT_ALLOWED = (
     "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has "
     "to allow {verb} on {resource} (rbac.yaml), and a RoleBinding there has to name this account"
 )
-# What an HTTP status means: the reason, the exit code (1: it gets better by itself, and is tried
-# again) and what to do. One that is not here counts as 400 or, from 500 on, as 500.
+# What an HTTP status means: the reason, the exit code and what to do. One that is not here counts
+# as 400 or, from 500 on, as 500.
 REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
     400: ("ClusterUnavailable", 2, ""),
     401: ("Forbidden", 2, "; the credentials of the scaler are missing or expired"),
@@ -1345,12 +1307,12 @@ def rolled_back(managed: Sequence[Mapping[str, Any]]) -> frozenset[str]:
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
-    names: dict[bool, set[str]] = {True: {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}, False: set()}
+    undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
     for entry in managed:
         whole = (entry.get("manager"), entry.get("operation"), entry.get("subresource", ""))
-        by_other = whole != ("kubectl", "Update", "")
-        names[by_other] |= owned(entry, "f:metadata", "f:annotations").keys()
-    ours = {name.removeprefix("f:") for name in names[False] - names[True]}
+        names = undone if whole == ("kubectl", "Update", "") else others
+        names.update(owned(entry, "f:metadata", "f:annotations"))
+    ours = (name.removeprefix("f:") for name in undone - others)
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
 
 
@@ -1454,8 +1416,6 @@ class Cluster:
             "reason": "SuccessfulRescale",
             "message": scrub(f"New size: {decision.replicas}; {decision.message}")[:1024],
             "source": {"component": FIELD_MANAGER},
-            "reportingComponent": FIELD_MANAGER,
-            "reportingInstance": FIELD_MANAGER,
             "firstTimestamp": when,
             "lastTimestamp": when,
             "count": 1,
@@ -1478,7 +1438,7 @@ class Cluster:
     ) -> T:
         """One request, and its answer as `parse` reads it."""
         self.run.enter(doing, "ClusterUnavailable")
-        if self.run.left() <= 0:
+        if not self.run.left():
             raise Failure("ClusterUnavailable", f"no time was left for {doing}")
         group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
         path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
@@ -1493,7 +1453,7 @@ class Cluster:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             found = f"{type(error).__name__}: {one_line(error)}"
             problem = f"the API server's answer makes no sense while {doing}: {found}"
-            raise Failure("ClusterUnavailable", problem, transient=True) from error
+            raise Failure("ClusterUnavailable", problem) from error
 
     def _request(self, doing: str, method: str, path: str, body: Any, query: Any) -> Any:
         """The response, read to its end, whatever its status. It stays plain JSON, which spares the
@@ -1513,7 +1473,7 @@ class Cluster:
             response.read()
         except (HTTPError, OpenApiException, ConfigException, OSError) as error:
             problem = f"the API server did not answer while {doing}: {one_line(error)}"
-            raise Failure("ClusterUnavailable", problem, transient=True) from error
+            raise Failure("ClusterUnavailable", problem) from error
         except ValueError:
             # From http.client; its text quotes the whole header.
             problem = "the credentials hold a character that no HTTP header can, such as a line end"
@@ -1531,16 +1491,14 @@ class Cluster:
         except (ValueError, TypeError, LookupError, RecursionError):  # perhaps a proxy's page
             message = quoted(response.data.decode(errors="replace"))
         said = f"the API server answered {status} while {doing}: {message}"
-        if " denied " in message:
-            advice = (
-                ""  # not the Role's: an admission policy, such as guardrails.yaml, or a webhook
-            )
         if known == 404:
             said = f"there is no Deployment {self.name} in namespace {self.namespace}"
-        verbs = {"PATCH": "patch", "POST": "create", "GET": "list" if resource == "pods" else "get"}
-        names = {"name": self.name, "namespace": self.namespace, "resource": resource}
-        said += advice.format(verb=verbs[method], **names)
-        failure = Failure(reason, said, exit_code, transient=exit_code == 1)
+        if " denied " not in message:  # or else by an admission policy or webhook, not the Role
+            verbs = {"PATCH": "patch", "POST": "create"}
+            verb = verbs.get(method, "list" if resource == "pods" else "get")
+            names = {"name": self.name, "namespace": self.namespace, "resource": resource}
+            said += advice.format(verb=verb, **names)
+        failure = Failure(reason, said, exit_code)
         failure.status = status
         # Seconds. A date is not read: ours and the server's clock may differ.
         pause = response.headers.get("Retry-After") or ""
@@ -1801,7 +1759,7 @@ def guarded(run: Run, action: Callable[[], T]) -> T | Decision:
         # and the record, nor the looks that follow.
         run.log("ERROR", traceback.format_exc())
         why = f"internal error while {run.stage}: {type(error).__name__}: {one_line(error)}"
-        return replace(run.done or run.break_off(why), exit_code=1)
+        return replace(run.break_off(why), exit_code=1)
 
 
 def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
@@ -1845,7 +1803,7 @@ def watch(run: Run, budget: int) -> None:
         elif run.resting:
             run.end(f"; {why}")
         else:
-            decision = run.done or run.break_off(f"{why} while {run.stage}")
+            decision = run.break_off(f"{why} while {run.stage}")
             exit_code = exit_code if received else decision.exit_code
             run.tell(replace(decision, exit_code=exit_code))
             run.end()
@@ -1860,10 +1818,6 @@ def leave(exit_code: int) -> NoReturn:
             if stream:
                 stream.flush()
     os._exit(exit_code)
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 def usage() -> str:
@@ -1882,4 +1836,4 @@ cluster the service account is used, outside one KUBECONFIG or ~/.kube/config.""
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:], os.environ, utc_now))
+    leave(main(sys.argv[1:], os.environ, lambda: datetime.now(UTC)))

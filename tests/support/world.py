@@ -120,7 +120,10 @@ class World:
         """Standard output and error, and the exit code. Google's client reads this process's own
         environment, which is the run's for its time."""
         environ, before = {**environ, "TERMINATION_LOG": str(log)}, dict(os.environ)
-        clock = scaler.utc_now if self.now is None else lambda: self.now or START
+
+        def clock() -> datetime:
+            return self.now or datetime.now(UTC)
+
         out, err = io.StringIO(), io.StringIO()
         os.environ.clear()
         os.environ.update(environ)
