@@ -443,25 +443,109 @@ class Pod:
     deletion_cost: int
 
 
+def pods(number: int) -> str:
+    return "1 pod" if number == 1 else f"{number} pods"
+
+
+def read_time(value: str) -> datetime:
+    """A time as a person types it: RFC 3339 with any offset and fraction, or Unix seconds.
+
+    One without an offset counts as UTC. Eight digits are a date, as in 20260101. Raises ValueError.
+    """
+    try:
+        if re.fullmatch(r"\s*\d{9,}(\.\d+)?\s*", value):
+            return datetime.fromtimestamp(float(value), UTC)
+        when = datetime.fromisoformat(value.strip().upper())
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ValueError("not a time such as 2026-01-01T00:00:00Z or 1767225600") from None
+
+
+def write_time(when: datetime) -> str:
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def read_history(value: str) -> tuple[Recommendation, ...]:
+    """The inverse of `write_history`. Raises ValueError."""
+    if not re.fullmatch(r"\s*(\d{1,12}:\d{1,10}\s+)*\d{1,12}:\d{1,10}\s*", value):
+        raise ValueError("not a history such as '1767225600:3 1767225660:1', so it starts afresh")
+    pairs = (word.split(":") for word in value.split())
+    return tuple((int(at), int(replicas)) for at, replicas in pairs)
+
+
+def write_history(entries: Iterable[Recommendation]) -> str | None:
+    return " ".join(f"{at}:{replicas}" for at, replicas in sorted(entries)) or None
+
+
+def read_pause(value: str) -> bool:
+    word = value.strip().lower()
+    if word not in ("true", "t", "1", "false", "f", "0"):
+        raise ValueError("not true or false: it holds")
+    return word in ("true", "t", "1")
+
+
+def annotation(parse: Parser, default: Any = None) -> Any:
+    """A field of State, read from our annotation of the same name."""
+    return field(default=default, metadata={"parse": parse})
+
+
 @dataclass(frozen=True)
 class State:
-    """What the Deployment's annotations say, each in the field of its name. `last_scale` is the
-    direction, if it is "up" or "down". `warnings` names each value that does not count."""
+    """What the Deployment's annotations say. `last_scale` is the direction, if it is "up" or
+    "down". `warnings` names each value that does not count."""
 
-    last_scale_time: datetime | None = None
-    last_scale: str | None = None
-    recommendations: tuple[Recommendation, ...] = ()
-    queue_failing_since: datetime | None = None
-    paused: bool = False
-    paused_replicas: int | None = None
-    paused_scale_in: bool = False
-    paused_scale_out: bool = False
-    paused_until: datetime | None = None
+    last_scale_time: datetime | None = annotation(read_time)
+    last_scale: str | None = annotation(lambda value: value.strip().partition(" ")[0])
+    recommendations: tuple[Recommendation, ...] = annotation(read_history, ())
+    queue_failing_since: datetime | None = annotation(read_time)
+    paused_until: datetime | None = annotation(read_time)  # read before the pauses that it ends
+    paused: bool = annotation(read_pause, False)
+    paused_scale_in: bool = annotation(read_pause, False)
+    paused_scale_out: bool = annotation(read_pause, False)
+    paused_replicas: int | None = annotation(replica_count)
     warnings: tuple[str, ...] = ()
 
     @property
     def until(self) -> str:
         return f" until {write_time(self.paused_until)}" if self.paused_until else ""
+
+
+def parse_state(
+    annotations: Mapping[str, str],
+    settings: Settings,
+    now: datetime,
+    rolled_back: frozenset[str] = frozenset(),
+) -> State:
+    """Read our annotations. A value that cannot be read is warned about and counts as absent,
+    but for a pause: whoever wrote one wanted to pause (KEDA reads it so, too).
+
+    `rolled_back` are those that a `kubectl rollout undo` put back: they are not carried out. A
+    pause among them holds, with the number of pods that is there.
+    """
+    cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
+    latest = now + timedelta(seconds=max(cooldowns))
+    found: dict[str, Any] = {}
+    warnings = []
+    for item in fields(State):
+        name, parse = ANNOTATION + item.name.replace("_", "-"), item.metadata.get("parse")
+        over = name in PAUSES and "paused_until" in found and now >= found["paused_until"]
+        if over or parse is None or name not in annotations:
+            continue
+        value = annotations[name]
+        try:
+            if name in rolled_back:
+                holds = "a pause holds" if parse is read_pause else "is not carried out"
+                advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
+                raise ValueError(f"came back with a kubectl rollout undo, and {holds}{advice}")
+            parsed = parse(value)
+            if name in (LAST_SCALE_TIME, FAILING_SINCE) and parsed > latest:
+                raise ValueError("further ahead than the longest cooldown, so it counts as absent")
+            found[item.name] = parsed
+        except ValueError as error:
+            warnings.append(f"{name}={quoted(value)}: {error}")
+            if name in PAUSES:
+                found["paused" if name == PAUSED_REPLICAS else item.name] = True
+    return State(**found, warnings=tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -507,98 +591,6 @@ class Decision:
         if self.replicas is None or self.current is None:
             return 0
         return self.replicas - self.current
-
-
-def pods(number: int) -> str:
-    return "1 pod" if number == 1 else f"{number} pods"
-
-
-def read_time(value: str) -> datetime:
-    """A time as a person types it: RFC 3339 with any offset and fraction, or Unix seconds.
-
-    One without an offset counts as UTC. Eight digits are a date, as in 20260101. Raises ValueError.
-    """
-    try:
-        if re.fullmatch(r"\s*\d{9,}(\.\d+)?\s*", value):
-            return datetime.fromtimestamp(float(value), UTC)
-        when = datetime.fromisoformat(value.strip().upper())
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError, OSError):
-        raise ValueError("not a time such as 2026-01-01T00:00:00Z or 1767225600") from None
-
-
-def write_time(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def read_history(value: str) -> tuple[Recommendation, ...]:
-    """The inverse of `write_history`. Raises ValueError."""
-    if not re.fullmatch(r"\s*(\d{1,12}:\d{1,10}\s+)*\d{1,12}:\d{1,10}\s*", value):
-        raise ValueError("not a history such as '1767225600:3 1767225660:1', so it starts afresh")
-    pairs = (word.split(":") for word in value.split())
-    return tuple((int(at), int(replicas)) for at, replicas in pairs)
-
-
-def write_history(entries: Iterable[Recommendation]) -> str | None:
-    return " ".join(f"{at}:{replicas}" for at, replicas in sorted(entries)) or None
-
-
-def read_pause(value: str) -> bool:
-    word = value.strip().lower()
-    if word not in ("true", "t", "1", "false", "f", "0"):
-        raise ValueError("not true or false: it holds")
-    return word in ("true", "t", "1")
-
-
-# In this order: the end of the pauses comes before them.
-PARSERS: Mapping[str, Parser] = {
-    LAST_SCALE_TIME: read_time,
-    LAST_SCALE: lambda value: value.strip().partition(" ")[0],
-    RECOMMENDATIONS: read_history,
-    FAILING_SINCE: read_time,
-    PAUSED_UNTIL: read_time,
-    PAUSED: read_pause,
-    PAUSED_SCALE_IN: read_pause,
-    PAUSED_SCALE_OUT: read_pause,
-    PAUSED_REPLICAS: replica_count,
-}
-
-
-def parse_state(
-    annotations: Mapping[str, str],
-    settings: Settings,
-    now: datetime,
-    rolled_back: frozenset[str] = frozenset(),
-) -> State:
-    """Read our annotations. A value that cannot be read is warned about and counts as absent,
-    but for a pause: whoever wrote one wanted to pause (KEDA reads it so, too).
-
-    `rolled_back` are those that a `kubectl rollout undo` put back: they are not carried out. A
-    pause among them holds, with the number of pods that is there.
-    """
-    cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
-    latest = now + timedelta(seconds=max(cooldowns))
-    found: dict[str, Any] = {}
-    warnings = []
-    for name, parse in PARSERS.items():
-        over = name in PAUSES and "paused_until" in found and now >= found["paused_until"]
-        if over or name not in annotations:
-            continue
-        key, value = name.removeprefix(ANNOTATION).replace("-", "_"), annotations[name]
-        try:
-            if name in rolled_back:
-                holds = "a pause holds" if parse is read_pause else "is not carried out"
-                advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
-                raise ValueError(f"came back with a kubectl rollout undo, and {holds}{advice}")
-            parsed = parse(value)
-            if name in (LAST_SCALE_TIME, FAILING_SINCE) and parsed > latest:
-                raise ValueError("further ahead than the longest cooldown, so it counts as absent")
-            found[key] = parsed
-        except ValueError as error:
-            warnings.append(f"{name}={quoted(value)}: {error}")
-            if name in PAUSES:
-                found["paused" if name == PAUSED_REPLICAS else key] = True
-    return State(**found, warnings=tuple(warnings))
 
 
 def decide(settings: Settings, inputs: Inputs) -> Decision:
