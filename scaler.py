@@ -114,7 +114,7 @@ FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\
 FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
-SCHEDULED = rf"(?i)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
+SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
 
 
 def quoted(value: object) -> str:
@@ -220,12 +220,12 @@ def encodable(value: object, depth: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class ScheduledMinimum:
-    """Hours of the week with a higher minimum, in pods. `days` count from Monday (0), `begin` and
+    """Hours of the week with a higher minimum, in pods. `days` count from a Monday (0), `begin` and
     `end` are minutes of the day; hours past midnight belong to the day on which they begin."""
 
     text: str
     replicas: int
-    days: frozenset[int]
+    days: range
     begin: int
     end: int
     timezone: tzinfo
@@ -251,7 +251,7 @@ def scheduled_minimum(text: str) -> ScheduledMinimum:
         raise ValueError(f"{quoted(text)}: {form}, hours from 00:00 to 24:00")
     replicas, first, last, begin, end, zone = found.groups()
     since, until = WEEKDAYS.index(first.lower()), WEEKDAYS.index((last or first).lower())
-    days = frozenset((since + day) % 7 for day in range((until - since) % 7 + 1))
+    days = range(since, since + (until - since) % 7 + 1)
     minutes = [int(time[:2]) * 60 + int(time[3:]) for time in (begin, end)]
     try:
         return ScheduledMinimum(text, int(replicas), days, minutes[0], minutes[1], ZoneInfo(zone))
@@ -1219,6 +1219,14 @@ NOT_ALLOWED = (
     "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has "
     "to allow {verb} on {resource} (rbac.yaml), and a RoleBinding there has to name this account"
 )
+# All the calls that this script makes: method, resource, and the verb that a Role has for it.
+CALLS = {
+    "reading the Deployment": ("GET", "deployments", "get"),
+    "patching the Deployment": ("PATCH", "deployments", "patch"),
+    "listing the pods": ("GET", "pods", "list"),
+    "marking pods": ("PATCH", "pods", "patch"),
+    "writing the Event": ("POST", "events", "create"),
+}
 # What an HTTP status means: the reason, the exit code and what to do. One that is not here counts
 # as 400 or, from 500 on, as 500.
 REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
@@ -1360,8 +1368,7 @@ class Cluster:
         self._client = client
 
     def read_deployment(self) -> Deployment:
-        doing = "reading the Deployment"
-        return self._insist(doing, parse_deployment, "GET", "deployments", self.name)
+        return self._insist("reading the Deployment", parse_deployment, self.name)
 
     def live_pods(self, selector: str) -> list[Pod]:
         """The pods that the Deployment's ReplicaSets count."""
@@ -1371,14 +1378,13 @@ class Cluster:
                 raise ValueError(f"kind is {quoted(answer['kind'])}")
             return [pod for item in answer["items"] or () if (pod := parse_pod(item, self.name))]
 
-        query = {"labelSelector": selector}
-        return self._insist("listing the pods", parse, "GET", "pods", query=query)
+        return self._insist("listing the pods", parse, labelSelector=selector)
 
     def set_deletion_cost(self, pod: Pod, cost: int) -> bool:
         """False where the pod is gone."""
         body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
         try:
-            self._insist("marking pods", dict, "PATCH", "pods", pod.name, body)
+            self._insist("marking pods", dict, pod.name, body)
         except Failure as failure:
             if failure.status == 404:
                 return False
@@ -1388,9 +1394,8 @@ class Cluster:
     def patch_deployment(self, body: Mapping[str, Any]) -> Deployment:
         """One merge patch, and the Deployment after it. It is not repeated here: where it fails
         with `read_again`, only the Deployment itself can tell what became of it."""
-        doing = "patching the Deployment"
         try:
-            return self._call(doing, parse_deployment, "PATCH", "deployments", self.name, body)
+            return self._call("patching the Deployment", parse_deployment, self.name, body)
         except Failure as failure:
             failure.read_again = failure.transient
             raise
@@ -1412,23 +1417,17 @@ class Cluster:
             "lastTimestamp": when,
             "count": 1,
         }
-        self._call("writing the Event", dict, "POST", "events", body=event)
+        self._call("writing the Event", dict, body=event)
 
     def _insist(self, doing: str, parse: Callable[[Any], T], *call: Any, **more: Any) -> T:
         """A call that is tried again while that can help."""
         return self.run.retrying("transient")(lambda: self._call(doing, parse, *call, **more))
 
     def _call(
-        self,
-        doing: str,
-        parse: Callable[[Any], T],
-        method: str,
-        resource: str,
-        name: str = "",
-        body: Mapping[str, Any] | None = None,
-        query: Mapping[str, str] | None = None,
+        self, doing: str, parse: Callable[[Any], T], name: str = "", body: Any = None, **query: str
     ) -> T:
-        """One request, and its answer as `parse` reads it."""
+        """One of the CALLS, and its answer as `parse` reads it."""
+        method, resource, _ = CALLS[doing]
         self.run.enter(doing, "ClusterUnavailable")
         if not self.run.left():
             raise Failure("ClusterUnavailable", f"no time was left for {doing}")
@@ -1439,7 +1438,7 @@ class Cluster:
         took = time.monotonic() - started
         self.run.log("DEBUG", f"{method} {path}: {response.status} in {took:.3f} s")
         if not 200 <= response.status < 300:
-            raise self._refusal(doing, method, resource, response)
+            raise self._refusal(doing, response)
         try:
             return parse(json.loads(response.data))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -1456,7 +1455,7 @@ class Cluster:
 
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         headers = {"Accept": "application/json", "Content-Type": kind}
-        parameters = list((query or {"fieldManager": FIELD_MANAGER}).items())
+        parameters = list((query if method == "GET" else {"fieldManager": FIELD_MANAGER}).items())
         try:
             request = self._client.param_serialize(
                 method, path, None, parameters, headers, body, auth_settings=["BearerToken"]
@@ -1472,9 +1471,10 @@ class Cluster:
             raise Failure("Forbidden", problem, exit_code=2) from None
         return response
 
-    def _refusal(self, doing: str, method: str, resource: str, response: Any) -> Failure:
+    def _refusal(self, doing: str, response: Any) -> Failure:
         """The failure that an HTTP status stands for, with what to do about it."""
         status = known = response.status
+        _, resource, verb = CALLS[doing]
         if status not in REFUSALS or (status == 404 and resource != "deployments"):
             known = 500 if status >= 500 else 400
         reason, exit_code, advice = REFUSALS[known]
@@ -1486,10 +1486,8 @@ class Cluster:
         if known == 404:
             said = f"there is no Deployment {self.name} in namespace {self.namespace}"
         if " denied " not in message:  # or else by an admission policy or webhook, not the Role
-            verbs = {"PATCH": "patch", "POST": "create"}
-            verb = verbs.get(method, "list" if resource == "pods" else "get")
-            names = {"name": self.name, "namespace": self.namespace, "resource": resource}
-            said += advice.format(verb=verb, **names)
+            names = {"name": self.name, "namespace": self.namespace}
+            said += advice.format(verb=verb, resource=resource, **names)
         failure = Failure(reason, said, exit_code)
         failure.status = status
         # Seconds. A date is not read: ours and the server's clock may differ.

@@ -110,15 +110,3 @@ def test_an_event_tells_of_the_scale(emulated: World, jobs: Client) -> None:
     assert event["message"].startswith("New size: 2; 2 jobs waiting")
     uid = emulated.cluster.deployment("worker")["metadata"]["uid"]
     assert event["involvedObject"]["uid"] == uid
-
-
-def test_inside_a_cluster_the_service_account_is_used() -> None:
-    """Its files have one place, which only a pod has: tests/e2e tries it there. Here, that
-    KUBERNETES_SERVICE_HOST alone is not taken for a kubeconfig's cluster."""
-    with FakeKubernetes() as cluster:
-        cluster.add_deployment("worker")
-        world = World(cluster, "127.0.0.1:1")
-        environ = world.environment(KUBERNETES_SERVICE_HOST="127.0.0.1")
-        del environ["KUBECONFIG"]
-        run = world.run_with(environ)
-        assert run.exit_code == 2 and "service account" in run.record["message"], run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import example, given, settings
@@ -126,15 +126,6 @@ def test_without_the_fresh_start_ours_is_never_earlier(
         current = got
 
 
-def test_the_longest_history_fits_the_bound_of_the_guardrails() -> None:
-    """Looks every second, windows of an hour, and numbers as long as Kubernetes takes them."""
-    most, now = 2**31 - 1, int(START.timestamp())
-    entries = " ".join(f"{now - age}:{most - 1}" for age in range(5000, 0, -1))
-    ours = Scaler(replace(windows_of(3600, 3600), max_replicas=most), entries)
-    ours.stabilize(now, most, most - 2)
-    assert 75_000 < len(ours.annotation or "") <= 80_000
-
-
 @pytest.mark.parametrize("pause", [301, 3600, 86_400])
 def test_after_a_pause_longer_than_the_window_it_starts_afresh(pause: int) -> None:
     ours = Scaler(ANY_NUMBER)
@@ -249,20 +240,6 @@ def test_a_queue_empty_for_a_single_run_changes_nothing(world: World, queue: Fak
     world.pass_time()
     assert world.run().reason == "AtTarget"
     assert world.replicas == 3 and world.annotations == {}
-
-
-def test_a_queue_that_stays_empty_gives_the_pods_back_after_300_seconds(
-    world: World, queue: FakeFirestore
-) -> None:
-    world.cluster.scale("worker", 3)
-    begun = world.now
-    for minute in range(6):
-        run = world.run()
-        assert world.replicas == (3 if minute < 5 else 1), run
-        world.pass_time()
-    assert world.now == (begun or START) + timedelta(minutes=6)
-    world.run()
-    assert set(world.annotations) == {"last-scale", "last-scale-time"}, "at rest again"
 
 
 def held(settings: Settings, current: int, *looks: tuple[int, int]) -> scaler.Decision:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -53,14 +54,31 @@ NO_CHANGE = (0, 0, "")
 
 @dataclass(frozen=True, order=True)
 class Mutant:
-    """Where it is, by what does not move: not by a line number. The changed lines, stripped."""
+    """Where it is, by what does not move: not by a line number. The changed words and some around
+    them."""
 
     function: str
     before: str
     after: str
 
     def __str__(self) -> str:
-        return f"@ {self.function}\n- {self.before}\n+ {self.after}".rstrip()
+        return f"{self.function}: {self.before} → {self.after}".rstrip()
+
+
+def shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def changed_part(before: str, after: str, around: int = 25) -> tuple[str, str]:
+    """What differs, with so many characters before and after it, to the ends of their words."""
+    same = shared(before, after)
+    tail = shared(before[same:][::-1], after[same:][::-1])
+    first = before.rfind(" ", 0, max(0, same - around)) + 1
+    ends = (text.find(" ", len(text) - tail + around) for text in (before, after))
+    last = [end if end >= 0 else None for end in ends]
+    return before[first : last[0]], after[first : last[1]]
 
 
 class Mutations(libcst.CSTVisitor):
@@ -111,8 +129,8 @@ class Mutations(libcst.CSTVisitor):
         new = old[: span.start.column] + after + tail
         was, now = ([line.strip() for line in text.splitlines()] for text in (old, new))
         diff = [line for line in difflib.ndiff(was, now) if line[0] in "-+"]
-        lines = (" ".join(line[2:] for line in diff if line[0] == sign) for sign in "-+")
-        mutant = Mutant(".".join(self._names) or "module", *lines)
+        lines = [" ".join(line[2:] for line in diff if line[0] == sign) for sign in "-+"]
+        mutant = Mutant(".".join(self._names) or "module", *changed_part(lines[0], lines[1]))
         self.found.append((mutant, (first, last, new)))
 
 
@@ -146,7 +164,7 @@ def passes(source: str, change: Change, tests: Sequence[str], limit: int) -> boo
 
 
 def explained() -> set[Mutant]:
-    found = re.findall(r"^@ (.+)\n- (.*)\n\+ ?(.*)$", EXPLAINED.read_text(), re.MULTILINE)
+    found = re.findall(r"^([\w.]+): (.+) → ?(.*)$", EXPLAINED.read_text(), re.MULTILINE)
     return {Mutant(*parts) for parts in found}
 
 
