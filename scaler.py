@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from google.cloud.firestore import Client
     from kubernetes.client import ApiClient
-    from tenacity import RetryCallState, Retrying
+    from tenacity import Retrying
 
 __version__ = "0.2.0"
 
@@ -945,17 +945,13 @@ class Run:
         return max(0.05, min(self.call_seconds, self.left(reserve)))
 
     def retrying(self, flag: str, reserve: bool = False) -> Retrying:
-        """Tries again after failures with that flag, with growing, jittered pauses, or the server's
-        Retry-After where that is longer, while the next try still begins before the deadline."""
+        """Tries again after failures with that flag, while the next try still begins before the
+        deadline, with growing, jittered pauses after the server's Retry-After."""
         import tenacity
 
-        backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5)
-
-        def pause(state: RetryCallState) -> float:
-            error = state.outcome and state.outcome.exception()
-            return max(backoff(state), getattr(error, "retry_after", 0.0))
-
         again = tenacity.retry_if_exception(lambda error: getattr(error, flag, False))
+        asked = tenacity.wait_exception(lambda error: getattr(error, "retry_after", 0.0))
+        pause = asked + tenacity.wait_random_exponential(multiplier=0.2, max=5)
         stop = tenacity.stop_before_delay(self.left(reserve))
         return tenacity.Retrying(retry=again, wait=pause, stop=stop, reraise=True)
 
