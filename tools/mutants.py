@@ -6,7 +6,8 @@ tested in a copy of the repository, by a child of a process that has the librari
 
     python -m tools.mutants                        the settings and the decision, every mutant
     python -m tools.mutants --sample 100 --seed 1  some of them
-    python -m tools.mutants --whole --sample 100   all of scaler.py, with all fast tests
+    python -m tools.mutants --whole --sample 100   all of scaler.py, with all tests: the slow ones
+                                                   for those that the fast ones let live
 
 Fails where fewer than 90 % are killed and, without --whole, where one survives that
 tests/mutants.md does not explain.
@@ -163,6 +164,16 @@ def passes(source: str, change: Change, tests: Sequence[str], limit: int) -> boo
     return status == 0
 
 
+def survives_slow_tests(
+    mutant: Mutant, source: str, change: Change, place: tuple[Path, str]
+) -> bool:
+    """One after another: they share the emulator's and the image builder's places."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), enter_a_copy, place) as pool:
+        lives = pool.submit(passes, source, change, ["-m", "slow", "tests"], 1200).result()
+    print(f"{'survives' if lives else 'dies by'} the slow tests: {mutant}", flush=True)
+    return lives
+
+
 def explained() -> set[Mutant]:
     found = re.findall(r"^([\w.]+): (.+) → ?(.*)$", EXPLAINED.read_text(), re.MULTILINE)
     return {Mutant(*parts) for parts in found}
@@ -170,7 +181,7 @@ def explained() -> set[Mutant]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.mutants")
-    parser.add_argument("--whole", action="store_true", help="all of scaler.py, all fast tests")
+    parser.add_argument("--whole", action="store_true", help="all of scaler.py, all tests")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn by chance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -209,6 +220,12 @@ def main() -> int:
                     survivors.append(asked[answer])
                     note = "" if chosen.whole or asked[answer] in known else " and is not explained"
                     print(f"{number}: survives{note}\n{asked[answer]}", flush=True)
+
+        if chosen.whole:
+            changes = dict(found)
+            survivors = [
+                one for one in survivors if survives_slow_tests(one, source, changes[one], place)
+            ]
 
     killed = len(drawn) - len(survivors)
     percent, minutes = 100 * killed / len(drawn), (time.monotonic() - begun) / 60
