@@ -50,7 +50,7 @@ urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method)
 @dataclass
 class Site:
     """One installation of the manifests, in a namespace of its own, and its queue: an emulator's
-    documents, written through its REST API by the Python here, or by one in the cluster."""
+    documents, written through its REST API by the Python here, or in one of the pods."""
 
     namespace: str
     emulator: str
@@ -127,20 +127,16 @@ def overlay(namespace: str, image: str, emulator: str) -> str:
         return kubectl("kustomize", directory)
 
 
-def workers(image: str) -> list[dict[str, Any]]:
-    """The Deployment to scale, and the pod that writes documents. They do nothing by themselves,
-    with the one image that the cluster is known to have."""
+def worker(image: str) -> dict[str, Any]:
+    """The Deployment to scale: of the one image that the cluster is known to have, whose pods do
+    nothing by themselves."""
     command = ["python", "-c", WAIT_FOR_EVER]
     container = {"name": "main", "image": image, "command": command, "securityContext": RESTRICTED}
-    idle = {"containers": [container], "terminationGracePeriodSeconds": 1}
+    pod = {"containers": [container], "terminationGracePeriodSeconds": 1}
     labels = {"app": NAME}
-    template = {"metadata": {"labels": labels}, "spec": idle}
-    selected = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
-    return [
-        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": NAME},
-         "spec": selected},
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "writer"}, "spec": idle},
-    ]  # fmt: skip
+    template = {"metadata": {"labels": labels}, "spec": pod}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": NAME}, "spec": spec}
 
 
 @contextmanager
@@ -154,16 +150,10 @@ def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Si
             kubectl("-n", beside, "apply", "-f", str(EMULATOR))
             kubectl("-n", beside, "rollout", "status", "deployment/firestore", "--timeout=180s")
             emulator = f"firestore.{beside}.svc:8080"
-        items = workers(image)[: 1 if documents else 2]
-        both = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
-        kubectl("-n", namespace, "apply", "-f", "-", stdin=both)
-        kubectl("-n", namespace, "rollout", "status", f"deployment/{NAME}", "--timeout=180s")
-        python = [sys.executable]
-        if not documents:
-            kubectl("-n", namespace, "wait", "--for=condition=Ready", "pod/writer",
-                    "--timeout=180s")  # fmt: skip
-            python = ["kubectl", "exec", "-n", namespace, "writer", "--", "python"]
-        here = Site(namespace, documents or emulator, python)
+        inside = ["kubectl", "exec", "-n", namespace, f"deployment/{NAME}", "--", "python"]
+        here = Site(namespace, documents or emulator, [sys.executable] if documents else inside)
+        kubectl("-n", namespace, "apply", "-f", "-", stdin=json.dumps(worker(image)))
+        here.kubectl("rollout", "status", f"deployment/{NAME}", "--timeout=180s")
         here.clear()
         kubectl("apply", "-f", "-", stdin=overlay(namespace, image, emulator))
         try:
