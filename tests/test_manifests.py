@@ -6,10 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,28 +40,19 @@ def one(manifest: str, kind: str) -> dict[str, Any]:
     return next(each for each in load(manifest) if each["kind"] == kind)
 
 
-def cronjob() -> dict[str, Any]:
-    return dict(one("cronjob.yaml", "CronJob")["spec"])
+def pod_of(cronjob: dict[str, Any]) -> dict[str, Any]:
+    return dict(cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"])
 
 
-def pod() -> dict[str, Any]:
-    return dict(cronjob()["jobTemplate"]["spec"]["template"]["spec"])
-
-
-def container() -> dict[str, Any]:
-    (only,) = pod()["containers"]
+def container_of(cronjob: dict[str, Any]) -> dict[str, Any]:
+    (only,) = pod_of(cronjob)["containers"]
     return dict(only)
 
 
-def environment() -> dict[str, str]:
-    return variables_of(one("cronjob.yaml", "CronJob"))
+def variables_of(cronjob: dict[str, Any]) -> dict[str, str]:
+    return {each["name"]: each["value"] for each in container_of(cronjob)["env"]}
 
 
-def settings() -> scaler.Settings:
-    return scaler.read_settings(environment())
-
-
-@cache
 def with_comments() -> dict[str, Any]:
     """cronjob.yaml with all the YAML that stands in comments in force."""
     text = (REPOSITORY / "cronjob.yaml").read_text()
@@ -72,13 +62,21 @@ def with_comments() -> dict[str, Any]:
     return dict(yaml.safe_load(text))
 
 
-def job_of(document: dict[str, Any]) -> dict[str, Any]:
-    return dict(document["spec"]["jobTemplate"]["spec"])
+CRONJOB, COMMENTED = one("cronjob.yaml", "CronJob"), with_comments()
+JOB = CRONJOB["spec"]["jobTemplate"]["spec"]
+POD = pod_of(CRONJOB)
 
 
-def variables_of(document: dict[str, Any]) -> dict[str, str]:
-    (only,) = job_of(document)["template"]["spec"]["containers"]
-    return {each["name"]: each["value"] for each in only["env"]}
+def container() -> dict[str, Any]:
+    return container_of(CRONJOB)
+
+
+def environment() -> dict[str, str]:
+    return variables_of(CRONJOB)
+
+
+def settings() -> scaler.Settings:
+    return scaler.read_settings(environment())
 
 
 # The whole life of the scaler, as a process with the rights of rbac.yaml and the settings of
@@ -86,46 +84,37 @@ def variables_of(document: dict[str, Any]) -> dict[str, str]:
 # of the rights and of the guardrails ask for all of it
 
 
-@dataclass(frozen=True)
-class Life:
-    requests: list[Request]
-    patches: list[tuple[Request, dict[str, Any]]]  # each with what it met
-    events: list[dict[str, Any]]
-
-
 @contextmanager
 def installed(rbac: str, replicas: int) -> Iterator[tuple[FakeKubernetes, FakeFirestore, World]]:
     """A Deployment, and the scaler with its rights and the settings of cronjob.yaml."""
-    directory = Path(tempfile.mkdtemp())
     with FakeKubernetes(seed=1) as cluster, FakeFirestore(project=PROJECT) as queue:
         annotations = {"example.com/owner": "team-a"}
         cluster.add_deployment(NAME, replicas=replicas, annotations=annotations)
         cluster.load_rbac(rbac)
+        world = World(cluster, queue.host, NAME, START)
         token = cluster.service_account("queue-scaler")
-        kubeconfig = cluster.write_kubeconfig(directory / "service-account", token)
-        world = World(cluster, queue.host, NAME, START, directory=directory)
+        kubeconfig = cluster.write_kubeconfig(world.directory / "service-account", token)
         world.settings = {**environment(), "KUBECONFIG": str(kubeconfig)}
         yield cluster, queue, world
 
 
 @cache
-def whole_life() -> Life:
+def whole_life() -> tuple[FakeKubernetes, list[tuple[Request, dict[str, Any]]]]:
+    """The cluster after it, and each patch with the object that it met."""
+    patches = []
     rbac = (REPOSITORY / "rbac.yaml").read_text()
     with installed(rbac, replicas=1) as (cluster, queue, world):
-        patches: list[tuple[Request, dict[str, Any]]] = []
 
         def remember(request: Request) -> None:
-            with cluster.store.lock:
-                key = (request.resource, request.namespace, request.name)
-                patches.append((request, cluster.store.objects[key]))
-
-        cluster.hook(Match(verb="patch"), remember, times=None)
+            met = cluster.store.get(request.resource, request.namespace, request.name)
+            patches.append((request, met or {}))
 
         def run(*arguments: str, **more: str) -> None:
             done = world.run(*arguments, **more)
             assert done.stderr == "", done
             world.pass_time(60)
 
+        cluster.hook(Match(verb="patch"), remember, times=None)
         queue.fill(5)
         run("--dry-run")
         run()
@@ -142,11 +131,11 @@ def whole_life() -> Life:
         run(**fallback)
         cluster.annotate(NAME, **{scaler.PAUSED: "true"})
         run()
-        return Life(list(cluster.requests), patches, cluster.events())
+    return cluster, patches
 
 
 def test_rbac_allows_exactly_what_the_script_asks_for() -> None:
-    requests = whole_life().requests
+    requests = whole_life()[0].requests
     assert {each.user for each in requests} == {USER}
     assert not [each for each in requests if each.status in (401, 403)]
     asked = {
@@ -190,24 +179,16 @@ def test_without_the_rule_for_pods_a_scaler_that_asks_for_no_busy_pods_still_sca
 def test_the_manifests_meet_kubernetes_own_schema(manifest: str, version: str) -> None:
     import kubernetes_validate  # type: ignore[import-untyped]
 
-    more = [with_comments()] if manifest == "cronjob.yaml" else []
+    more = [COMMENTED] if manifest == "cronjob.yaml" else []
     for document in [*load(manifest), *more]:
         kubernetes_validate.validate(document, version, strict=True)
-
-
-def test_the_key_in_comments_lies_where_its_variable_says() -> None:
-    spec = job_of(with_comments())["template"]["spec"]
-    (_, volume), ((_, mount),) = spec["volumes"], [c["volumeMounts"] for c in spec["containers"]]
-    assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
-    path = mount["mountPath"] + "/key.json"
-    assert variables_of(with_comments())["GOOGLE_APPLICATION_CREDENTIALS"] == path
 
 
 # cronjob.yaml
 
 
 def test_every_variable_is_a_setting_and_its_value_parses() -> None:
-    variables = variables_of(with_comments())
+    variables = variables_of(COMMENTED)
     known = {each.name.upper() for each in fields(scaler.Settings)}
     assert variables.keys() - known == {"GOOGLE_APPLICATION_CREDENTIALS"}
     assert scaler.read_settings(variables).scheduled_min_replicas
@@ -215,34 +196,26 @@ def test_every_variable_is_a_setting_and_its_value_parses() -> None:
 
 
 def test_the_values_in_the_block_to_edit_are_the_defaults_where_there_are_any() -> None:
-    shown = settings()
     bare = scaler.read_settings({"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"})
-    differ = {
-        each.name
-        for each in fields(scaler.Settings)
-        if getattr(shown, each.name) != getattr(bare, each.name)
-    }
-    assert differ == {"busy_filter"}
+    assert replace(settings(), busy_filter=None) == bare
 
 
 def test_one_run_is_over_before_the_next_begins() -> None:
-    spec, job = cronjob(), cronjob()["jobTemplate"]["spec"]
+    spec = CRONJOB["spec"]
     assert spec["schedule"] == "* * * * *"
     assert spec["concurrencyPolicy"] == "Replace"
-    assert settings().timeout_seconds < job["activeDeadlineSeconds"] < 60
+    assert settings().timeout_seconds < JOB["activeDeadlineSeconds"] < 60
     # Below 10 s the CronJob controller, which looks every 10 s, may never start a run.
     assert 10 <= spec["startingDeadlineSeconds"] < 60
-    assert job["backoffLimit"] == 0
-    assert pod()["restartPolicy"] == "Never"
-    left = 60 - job["activeDeadlineSeconds"]
-    assert pod()["terminationGracePeriodSeconds"] <= left
+    assert (JOB["backoffLimit"], POD["restartPolicy"]) == (0, "Never")
+    assert JOB["activeDeadlineSeconds"] + POD["terminationGracePeriodSeconds"] <= 60
 
 
 def test_the_last_decisions_stay_readable_for_a_scale_down_and_its_cooldown() -> None:
     minutes = settings().scale_down_cooldown_seconds / 60
     for limit in ("successfulJobsHistoryLimit", "failedJobsHistoryLimit"):
-        assert cronjob()[limit] > 2 * minutes
-    assert "ttlSecondsAfterFinished" not in cronjob()["jobTemplate"]["spec"]
+        assert CRONJOB["spec"][limit] > 2 * minutes
+    assert "ttlSecondsAfterFinished" not in JOB
     assert container()["terminationMessagePolicy"] == "FallbackToLogsOnError"
     assert "terminationMessagePath" not in container(), "the script writes to the default path"
 
@@ -251,55 +224,66 @@ def test_the_pods_meet_the_pod_security_standard_restricted_and_have_the_images_
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/, field by field."""
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
     user, group = map(int, re.findall(r"(?m)^USER ([1-9]\d+):([1-9]\d+)$", dockerfile)[0])
-    spec, only = pod(), container()
-    assert spec["securityContext"] == {
+    assert POD["securityContext"] == {
         "runAsNonRoot": True, "runAsUser": user, "runAsGroup": group,
         "seccompProfile": {"type": "RuntimeDefault"},
     }  # fmt: skip
-    assert only["securityContext"] == {
+    assert container()["securityContext"] == {
         "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
         "readOnlyRootFilesystem": True,
     }  # fmt: skip
     forbidden = {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
-    assert job_of(with_comments())["template"]["spec"]["hostUsers"] is False
-    assert not (forbidden | {"ports", "lifecycle", "livenessProbe"}) & {*spec, *only}
-    volumes = job_of(with_comments())["template"]["spec"]["volumes"]
-    assert [set(each) - {"name"} for each in volumes] == [{"projected"}, {"secret"}]
+    assert not (forbidden | {"ports", "lifecycle", "livenessProbe"}) & {*POD, *container()}
+    assert pod_of(COMMENTED)["hostUsers"] is False
 
 
 def test_the_resources_are_requests_and_a_memory_limit() -> None:
     resources = container()["resources"]
     assert set(resources["requests"]) == {"cpu", "memory", "ephemeral-storage"}
     assert set(resources["limits"]) == {"memory", "ephemeral-storage"}
-    assert pod()["enableServiceLinks"] is False
+    assert POD["enableServiceLinks"] is False
 
 
 def test_the_token_lives_ten_minutes_where_every_client_looks_for_it() -> None:
-    for each in (pod(), one("rbac.yaml", "ServiceAccount")):
+    for each in (POD, one("rbac.yaml", "ServiceAccount")):
         assert each["automountServiceAccountToken"] is False
-    (volume,), (mount,) = pod()["volumes"], container()["volumeMounts"]
-    assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
-    assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+    (mount,) = container()["volumeMounts"]
+    path = "/var/run/secrets/kubernetes.io/serviceaccount"
+    assert mount == {"name": "token", "mountPath": path, "readOnly": True}
+    (volume,) = POD["volumes"]
+    assert volume.keys() == {"name", "projected"} and volume["name"] == mount["name"]
     token, authority, namespace = volume["projected"]["sources"]
     assert token == {"serviceAccountToken": {"path": "token", "expirationSeconds": 600}}
     assert authority["configMap"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
     assert namespace["downwardAPI"]["items"][0]["path"] == "namespace"
 
 
+def test_the_key_in_comments_lies_where_its_variable_says() -> None:
+    _, volume = pod_of(COMMENTED)["volumes"]
+    _, mount = container_of(COMMENTED)["volumeMounts"]
+    assert volume.keys() == {"name", "secret"}
+    assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
+    path = mount["mountPath"] + "/key.json"
+    assert variables_of(COMMENTED)["GOOGLE_APPLICATION_CREDENTIALS"] == path
+
+
 def test_the_cronjob_its_jobs_and_its_pods_tell_whose_they_are() -> None:
-    template = cronjob()["jobTemplate"]
     expected = {"app": "queue-scaler", "app.kubernetes.io/instance": NAME}
-    for each in (one("cronjob.yaml", "CronJob"), template, template["spec"]["template"]):
-        assert each["metadata"]["labels"] == expected
+    assert labels_of(CRONJOB) == [expected] * 3
     selector = one("examples/networkpolicy.yaml", "NetworkPolicy")["spec"]["podSelector"]
     assert selector["matchLabels"].items() <= expected.items()
 
 
+def labels_of(cronjob: dict[str, Any]) -> list[dict[str, str]]:
+    job = cronjob["spec"]["jobTemplate"]
+    return [each["metadata"]["labels"] for each in (cronjob, job, job["spec"]["template"])]
+
+
 def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> None:
-    variables, job = variables_of(with_comments()), job_of(with_comments())
-    chosen = scaler.read_settings(variables)
+    chosen = scaler.read_settings(variables_of(COMMENTED))
     interval, most = chosen.polling_interval_seconds, chosen.timeout_seconds
-    assert interval and most < 60 <= job["activeDeadlineSeconds"]
+    deadline = COMMENTED["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+    assert interval and most < 60 <= deadline
     # As `poll` has it, with looks of a second at most: it ends a second before its time.
     last = max(due for due in range(0, most, interval) if due + 1 <= most - 1)
     assert 60 - last <= interval
@@ -317,30 +301,15 @@ def kustomize(directory: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-EDITED = "edited-deployment"
-IMAGE = "registry.example.com/queue-scaler:0.2.0"
-
-
-@pytest.fixture(params=["as it is", "edited"])
-def beside(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The example overlay as its comment says: copied to beside the repository, which somebody may
-    have edited for a scaler without kustomize."""
-    (tmp_path / "queue-scaler").mkdir()
-    for each in REPOSITORY.glob("*.yaml"):
-        text = each.read_text()
-        if request.param == "edited":
-            text = text.replace(NAME, EDITED)
-            text = text.replace("image: queue-scaler ", "image: registry.example.com/edited:1 ")
-        (tmp_path / "queue-scaler" / each.name).write_text(text)
-    shutil.copytree(REPOSITORY / "examples/overlay", tmp_path / "thumbnails")
-    return tmp_path
-
-
 def test_the_base_is_the_two_manifests() -> None:
-    built = kustomize(REPOSITORY)
-    named = {(each["kind"], each["metadata"]["name"]): each for each in built}
+    def by_kind(document: dict[str, Any]) -> str:
+        return str(document["kind"])
+
     expected = [*load("rbac.yaml"), *load("cronjob.yaml")]
-    assert named == {(each["kind"], each["metadata"]["name"]): each for each in expected}
+    assert sorted(kustomize(REPOSITORY), key=by_kind) == sorted(expected, key=by_kind)
+
+
+EDITED = "edited-deployment"
 
 
 @pytest.mark.parametrize("namespace", ["default", "media"])
@@ -353,27 +322,31 @@ def test_the_base_is_the_two_manifests() -> None:
     ],
 )
 def test_everything_in_an_overlay_is_about_its_own_deployment(
-    beside: Path, namespace: str, naming: str, name: str
+    tmp_path: Path, namespace: str, naming: str, name: str
 ) -> None:
-    path = beside / "thumbnails/kustomization.yaml"
+    """The example overlay as its comment says: copied to beside the repository, which somebody has
+    edited for a scaler without kustomize."""
+    (tmp_path / "queue-scaler").mkdir()
+    for each in REPOSITORY.glob("*.yaml"):
+        text = each.read_text().replace(NAME, EDITED)
+        text = text.replace("image: queue-scaler ", "image: registry.example.com/edited:1 ")
+        (tmp_path / "queue-scaler" / each.name).write_text(text)
+    shutil.copytree(REPOSITORY / "examples/overlay", tmp_path / "thumbnails")
+    path = tmp_path / "thumbnails/kustomization.yaml"
     text = path.read_text().replace("namespace: default", f"namespace: {namespace}")
     path.write_text(text.replace("nameSuffix: -thumbnails", naming))
     documents = kustomize(path.parent)
     assert EDITED not in json.dumps(documents)
     account, role, binding, cronjob = documents
     assert {each["metadata"]["name"] for each in documents} == {name}
-    assert one("rbac.yaml", "ServiceAccount")["metadata"]["labels"].items() <= (
-        account["metadata"]["labels"].items()
-    ), "the guardrails' label"
+    label = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
+    assert label.items() <= account["metadata"]["labels"].items(), "the guardrails' label"
     named = [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule]
     assert named == [["thumbnails"]]
     assert binding["roleRef"]["name"] == name
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
-    job = cronjob["spec"]["jobTemplate"]
-    spec = job["spec"]["template"]["spec"]
-    assert spec["serviceAccountName"] == name
+    assert pod_of(cronjob)["serviceAccountName"] == name
     assert variables_of(cronjob) == {**environment(), "DEPLOYMENT": "thumbnails"}
-    assert spec["containers"][0]["image"] == IMAGE
+    assert container_of(cronjob)["image"] == "registry.example.com/queue-scaler:0.2.0"
     instance = {"app": "queue-scaler", "app.kubernetes.io/instance": "thumbnails"}
-    for each in (cronjob, job, job["spec"]["template"]):
-        assert each["metadata"]["labels"] == instance
+    assert labels_of(cronjob) == [instance] * 3

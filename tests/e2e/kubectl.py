@@ -10,13 +10,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 REPOSITORY = Path(__file__).parent.parent.parent
+GUARDRAILS = str(REPOSITORY / "guardrails.yaml")
 T = TypeVar("T")
 
 
@@ -39,6 +39,14 @@ def read(*arguments: str) -> Any:
     return json.loads(kubectl("get", *arguments, "-o", "json"))
 
 
+def live_pods(namespace: str, app: str) -> list[str]:
+    """The names of those that are not terminating, the newest last."""
+    order = "--sort-by=.metadata.creationTimestamp"
+    found = read("pods", "-n", namespace, "-l", f"app={app}", order)["items"]
+    metadata = [pod["metadata"] for pod in found]
+    return [str(each["name"]) for each in metadata if "deletionTimestamp" not in each]
+
+
 @dataclass(frozen=True)
 class Answer:
     status: int
@@ -52,33 +60,27 @@ class Account:
     url: str
 
     def ask(self, method: str, path: str, body: Any = None) -> Answer:
+        """A PATCH with a list is a JSON patch, else a merge patch."""
         kind = "application/json"
         if method == "PATCH":
             kind = f"application/{'json' if isinstance(body, list) else 'merge'}-patch+json"
-        request = urllib.request.Request(
-            self.url + path,
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": kind, "Accept": "application/json"},
-        )
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": kind, "Accept": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 return Answer(response.status, "")
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            try:
-                return Answer(error.code, str(json.loads(text)["message"]))
-            except (ValueError, KeyError, TypeError):
-                return Answer(error.code, text)
+            return Answer(error.code, error.read().decode(errors="replace"))
 
 
 @contextmanager
-def account(user: str) -> Iterator[Account]:
+def account(namespace: str, name: str) -> Iterator[Account]:
+    user = f"system:serviceaccount:{namespace}:{name}"
     command = ["kubectl", "proxy", f"--as={user}", "--port=0", "--reject-paths=^$"]
     proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert proxy.stdout
-        line = proxy.stdout.readline()
+        line = proxy.stdout.readline() if proxy.stdout else ""
         serving = re.search(r"127\.0\.0\.1:\d+", line)
         if not serving:
             raise KubectlError(f"kubectl proxy did not start: {line.strip()}")
@@ -93,87 +95,52 @@ class Checks:
     """One line a check."""
 
     passed: int = 0
-    failed: list[str] = field(default_factory=list)
+    failed: int = 0
 
-    def note(self, name: str, problem: str | None, detail: str = "") -> None:
-        """A check that passed, or the problem that it found."""
-        if problem is None:
-            self.passed += 1
-            print(f"ok    {name}" + (f"  ({detail})" if detail else ""), flush=True)
-        else:
-            self.failed.append(name)
-            print(f"FAIL  {name}: {problem}", flush=True)
+    def note(self, name: str, right: object, seen: object, detail: str = "") -> None:
+        """A check, and what was seen instead where it is not right."""
+        print(f"ok    {name}{detail}" if right else f"FAIL  {name}: {seen}", flush=True)
+        self.passed += bool(right)
+        self.failed += not right
 
-    def answer(self, name: str, answer: Answer, right: bool, detail: str = "") -> None:
-        self.note(name, None if right else str(answer), detail)
-
-    def that(self, name: str, check: Callable[[], str]) -> None:
-        """A check that raises AssertionError or KubectlError, or returns a detail to show."""
+    @contextmanager
+    def that(self, name: str) -> Iterator[Callable[[str], None]]:
+        """A check that an AssertionError or a failed command ends; it may say what it has found."""
+        details: list[str] = []
         try:
-            self.note(name, None, check())
-        except (AssertionError, KubectlError, subprocess.TimeoutExpired) as problem:
-            self.note(name, str(problem) or "not so")
+            yield details.append
+        except (AssertionError, KubectlError, subprocess.SubprocessError) as problem:
+            self.note(name, False, str(problem) or "not so")
+        else:
+            self.note(name, True, "", "".join(f"  ({detail})" for detail in details))
 
     def end(self) -> int:
-        print(f"{self.passed} checks passed, {len(self.failed)} failed")
+        print(f"{self.passed} checks passed, {self.failed} failed")
         return 1 if self.failed else 0
 
 
 def eventually(look: Callable[[], T | None], seconds: float, what: str) -> T:
     """The first answer that is neither None nor empty. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:.0f} s: {what}")
+    while not (found := look()):
+        assert time.monotonic() <= deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.5)
+    return found
 
 
 @contextmanager
 def scratch_namespaces(*suffixes: str) -> Iterator[list[str]]:
-    """Namespaces of a made-up name, gone afterwards with all that is in them."""
+    """Namespaces of a made-up name with guardrails.yaml in force. All goes again but guardrails
+    that were there before."""
     stem = f"queue-scaler-e2e-{secrets.token_hex(3)}"
     names = [stem + suffix for suffix in suffixes]
-    try:
+    with ExitStack() as undo:
+        undo.callback(kubectl, "delete", "namespace", *names, "--ignore-not-found", "--wait=false")
         for name in names:
             kubectl("create", "namespace", name)
-        yield names
-    finally:
-        kubectl("delete", "namespace", *names, "--ignore-not-found", "--wait=false")
-
-
-@contextmanager
-def guardrails() -> Iterator[None]:
-    """guardrails.yaml in force. What was there before stays; what was not goes again."""
-    path = str(REPOSITORY / "guardrails.yaml")
-    there = kubectl("get", "-f", path, "--ignore-not-found", "-o", "name")
-    try:
-        if not there:
-            kubectl("apply", "-f", path)
-        else:
+        if kubectl("get", "-f", GUARDRAILS, "--ignore-not-found", "-o", "name"):
             print("note  the cluster has guardrails already: they are tried as they are")
-        yield
-    finally:
-        if not there:
-            kubectl("delete", "-f", path, "--ignore-not-found")
-
-
-def no_type_warnings() -> str:
-    """Raises AssertionError with what the API server's type checker says of the expressions."""
-
-    def checked(name: str) -> dict[str, Any] | None:
-        policy = read("validatingadmissionpolicies.admissionregistration.k8s.io", name)
-        status = policy.get("status") or {}
-        current = status.get("observedGeneration") == policy["metadata"]["generation"]
-        return status if current and "typeChecking" in status else None
-
-    found = [
-        f"{name} {warning['fieldRef']}: {warning['warning']}"
-        for name in ("queue-scaler", "queue-scaler-label")
-        for status in [eventually(partial(checked, name), 30, f"a type check of {name}")]
-        for warning in (status["typeChecking"] or {}).get("expressionWarnings") or []
-    ]
-    assert not found, "; ".join(found)
-    return ""
+        else:
+            undo.callback(kubectl, "delete", "-f", GUARDRAILS, "--ignore-not-found")
+            kubectl("apply", "-f", GUARDRAILS)
+        yield names
