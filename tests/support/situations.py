@@ -162,10 +162,7 @@ def every_run(directory: Path) -> list[Run]:
     """Lines are JSON, whose `message` is what a line of text says."""
     found: list[Run] = []
     for replicas, situation in SITUATIONS:
-        with (
-            FakeKubernetes(seed=1) as cluster,
-            FakeFirestore(project=PROJECT, other_databases=["other"]) as queue,
-        ):
+        with FakeKubernetes(seed=1) as cluster, FakeFirestore(project=PROJECT) as queue:
             cluster.add_deployment(NAME, replicas=replicas)
             as_json = {"LOG_FORMAT": "json"}
             world = World(cluster, queue.host, NAME, START, as_json, directory)
