@@ -152,12 +152,10 @@ class FakeFirestore:
         with self._lock:
             self._documents[path] = dict(fields)
 
-    def fill(
-        self, n: int, status: str = "waiting", collection: str = "jobs", **fields: object
-    ) -> None:
+    def fill(self, n: int, status: str = "waiting", **fields: object) -> None:
         """Add n jobs that differ in nothing but their ids."""
         for number in itertools.islice(self._ids, n):
-            self.put(f"{collection}/job-{number:06}", {"status": status, **fields})
+            self.put(f"jobs/job-{number:06}", {"status": status, **fields})
 
     def documents(self, collection: str) -> dict[str, dict[str, Any]]:
         """The documents of one collection by id."""

@@ -174,28 +174,25 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         reply, behaviour = self.server.cluster.handle(self.command, self.path, raw, headers)
-        if behaviour is None or behaviour.what == "answer":
-            self.wfile.write(self._bytes(reply))
-        elif behaviour.what == "hang":
+        what = behaviour.what if behaviour else "answer"
+        whole = b"" if what in ("hang", "reset") else self._bytes(reply)
+        sent = whole[: -len(reply.body) // 2] if what == "cut" else whole
+        step = 1 if what == "drip" else len(whole) or 1
+        for start in range(0, len(sent), step):
+            self.wfile.write(sent[start : start + step])
+            if behaviour and self.server.closing.wait(behaviour.seconds):
+                break
+        if what == "hang":
             self._wait_for_the_peer()
-            self.close_connection = True
-        elif behaviour.what == "reset":
+        elif what in ("reset", "cut"):
             self._reset()
-        elif behaviour.what == "cut":
-            self.wfile.write(self._bytes(reply)[: -len(reply.body) // 2])
-            self._reset()
-        elif behaviour.what == "drip":
-            for byte in self._bytes(reply):
-                self.wfile.write(bytes([byte]))
-                if self.server.closing.wait(behaviour.seconds):
-                    break
+        self.close_connection |= what in ("hang", "reset", "cut")
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
     def _bytes(self, reply: Answer) -> bytes:
         now = self.server.cluster.store.clock()
         headers = {
-            "Audit-Id": str(uuid.uuid4()), "Cache-Control": "no-cache, private",
             "Date": format_datetime(now.astimezone(UTC), usegmt=True),
             "Content-Length": str(len(reply.body)), **reply.headers,
         }  # fmt: skip
@@ -212,7 +209,6 @@ class _Handler(BaseHTTPRequestHandler):
         linger = struct.pack("ii", 1, 0)  # with nothing to linger for, closing sends RST
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         os.close(self.connection.detach())
-        self.close_connection = True
 
 
 # --- TLS -----------------------------------------------------------------------------------------
@@ -441,10 +437,12 @@ class FakeKubernetes:
 
         self.edit("deployments", name, change, manager, "scale")
 
-    def annotate(self, name: str, /, **annotations: str | None) -> None:
+    def annotate(
+        self, name: str, manager: str = "kubectl-annotate", /, **annotations: str | None
+    ) -> None:
         """Sets annotations of a Deployment, as a person does; None removes one."""
         patch = {"metadata": {"annotations": annotations}}
-        self.edit("deployments", name, lambda d: d.update(merge(d, patch)), "kubectl-annotate")
+        self.edit("deployments", name, lambda d: d.update(merge(d, patch)), manager)
 
     def start_rollout(self, name: str, new_pods: int, old_pods: int) -> None:
         """Puts a rollout half-way, where it stays."""
@@ -471,26 +469,21 @@ class FakeKubernetes:
         """Changes what a kubelet, a scheduler or time would change."""
 
         def change(pod: Object) -> None:
-            meta, spec, status = pod["metadata"], pod["spec"], pod["status"]
-            meta["annotations"] = merge(meta.get("annotations"), dict(annotations or {}))
-            if phase is not None:
-                status["phase"] = phase
-            if node is not None:
-                spec["nodeName"] = node
-            for condition in status["conditions"]:
-                if condition["type"] == "Ready" and ready is not None:
-                    condition["status"] = str(ready)
-                if ready_since is not None:
-                    condition["lastTransitionTime"] = stamp(ready_since)
-            for container in status["containerStatuses"]:
-                if restarts is not None:
-                    container["restartCount"] = restarts
+            meta, status = pod["metadata"], pod["status"]
+            [condition] = [one for one in status["conditions"] if one["type"] == "Ready"]
+            for part, key, value in (
+                (status, "phase", phase),
+                (pod["spec"], "nodeName", node),
+                (condition, "status", None if ready is None else str(ready)),
+                (condition, "lastTransitionTime", ready_since and stamp(ready_since)),
+                (status["containerStatuses"][0], "restartCount", restarts),
+                (meta, "creationTimestamp", created and stamp(created)),
+                (meta, "annotations", merge(meta.get("annotations"), dict(annotations or {}))),
+            ):
+                if value is not None:
+                    part[key] = value
 
-        with self.store.lock:
-            if created is not None:
-                found = self.store.objects[("pods", "default", name)]
-                found["metadata"]["creationTimestamp"] = stamp(created)
-            self.edit("pods", name, change, "kubelet", "status")
+        self.edit("pods", name, change, "kubelet", "status")
 
     def deployment(self, name: str) -> Object:
         with self.store.lock:

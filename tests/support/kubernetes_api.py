@@ -18,7 +18,6 @@ from tests.support.kubernetes_objects import (
     Request,
     Store,
     Writer,
-    apply_patch,
     conflict,
     merge,
     not_found,
@@ -113,6 +112,9 @@ def json_answer(status: int, body: Object, headers: Mapping[str, str] | None = N
     return Answer(status, raw, {"Content-Type": "application/json", **(headers or {})})
 
 
+MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
+
+
 class Api:
     """What each verb does to the store, and its answer."""
 
@@ -178,7 +180,9 @@ class Api:
     def _patch(self, kind: Kind, old: Object, request: Request, content_type: str) -> Object:
         """PATCH of an object or of its scale."""
         scaling = request.subresource == "scale"
-        new = apply_patch(scale_of(old) if scaling else old, request.body, content_type)
+        if content_type not in MERGE_PATCHES:
+            raise ApiError(415, "415: Unsupported Media Type")
+        new = merge(scale_of(old) if scaling else old, request.body)
         read = new["metadata"].get("resourceVersion")
         if read and read != old["metadata"]["resourceVersion"]:
             raise conflict(kind, request.name)

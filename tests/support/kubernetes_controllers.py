@@ -195,22 +195,17 @@ class Controllers:
 def pod_status(spec: Object, now: str) -> Object:
     """The status of a new pod: running and ready at once, or waiting for a node."""
     if not spec.get("nodeName"):
-        return {"phase": "Pending", "qosClass": "BestEffort"}
+        return {"phase": "Pending"}
     conditions = [
         {"type": kind, "status": "True", "lastTransitionTime": now}
         for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
     ]
     containers = [
-        {
-            "name": container["name"], "image": container["image"], "imageID": "sha256:0",
-            "ready": True, "restartCount": 0, "state": {"running": {"startedAt": now}},
-        }
+        {**container, "imageID": "sha256:0", "ready": True, "restartCount": 0}
         for container in spec["containers"]
-    ]  # fmt: skip
-    return {
-        "phase": "Running", "conditions": conditions, "containerStatuses": containers,
-        "startTime": now, "qosClass": "BestEffort",
-    }  # fmt: skip
+    ]
+    status = {"phase": "Running", "startTime": now}
+    return {**status, "conditions": conditions, "containerStatuses": containers}
 
 
 def _uid(obj: Object) -> str:

@@ -194,9 +194,6 @@ def dig(obj: Object, path: str) -> Any:
 # --- Patches -------------------------------------------------------------------------------------
 
 
-MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
-
-
 def merge(target: Any, patch: Any) -> Any:
     """RFC 7386: null deletes, maps merge, everything else replaces."""
     if not isinstance(patch, dict):
@@ -226,16 +223,6 @@ def json_patch(target: Any, operations: Any) -> Any:
     return result
 
 
-def apply_patch(current: Object, patch: Any, content_type: str) -> Object:
-    """The object with the patch applied, or the error that upstream answers."""
-    if content_type not in MERGE_PATCHES:
-        raise ApiError(415, "415: Unsupported Media Type")
-    if not isinstance(patch, dict):
-        raise ApiError(400, "error decoding patch: json: cannot unmarshal into a map")
-    result: Object = merge(current, patch)
-    return result
-
-
 # --- Field ownership -----------------------------------------------------------------------------
 
 
@@ -246,8 +233,11 @@ class Writer(NamedTuple):
     subresource: str = ""
 
 
-_SYSTEM = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "managedFields")
-_UNOWNED = {*_SYSTEM, "generateName", "deletionTimestamp", "deletionGracePeriodSeconds"}
+_SYSTEM = ("name", "namespace", "uid", "resourceVersion", "managedFields")
+_UNOWNED = {
+    *_SYSTEM, "creationTimestamp", "generateName", "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+}  # fmt: skip
 
 
 def _leaves(value: Any, path: FieldPath = ()) -> dict[FieldPath, Any]:

@@ -120,10 +120,10 @@ class ChaosProxy:
     async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed = 0
         while chunk := await there.read(CHUNK_BYTES):
-            if self._mode == "delay":
-                await asyncio.sleep(self._seconds)
+            await asyncio.sleep(self._seconds if self._mode == "delay" else 0)
             while chunk and self._mode != "swallow":
-                piece = chunk[: self._may_pass(passed)]
+                left = max(0, (self._after_bytes or 0) - passed)
+                piece = chunk[: {"reset": left, "drip": 1}.get(self._mode)]
                 passed += len(piece)
                 self.bytes_answered += len(piece)
                 writer.write(piece)
@@ -133,12 +133,6 @@ class ChaosProxy:
                     raise ConnectionResetError
                 await asyncio.sleep(self._seconds if self._mode == "drip" else 0)
         writer.write_eof()
-
-    def _may_pass(self, passed: int) -> int:
-        """How much of the answer may go through at once, of which so much has passed."""
-        if self._mode == "reset":
-            return max(0, (self._after_bytes or 0) - passed)
-        return 1 if self._mode == "drip" else CHUNK_BYTES
 
 
 def send_rst(writer: asyncio.StreamWriter) -> None:
