@@ -30,14 +30,6 @@ def db(any_queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def client(queue: FakeFirestore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """A client of the fake alone."""
-    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", queue.host)
-    with closing(Client(project=PROJECT)) as client:
-        yield client
-
-
 def ids(query: Any) -> list[str]:
     return sorted(snapshot.reference.path for snapshot in query.stream(retry=None, timeout=20))
 
@@ -142,15 +134,19 @@ def test_documents_lie_in_collections_and_groups(any_queue: Queue, db: Client) -
 # --- The fake alone -----------------------------------------------------------------------------
 
 
+fake_alone = pytest.mark.parametrize("any_queue", ["fake"], indirect=True)
+
+
+@fake_alone
 def test_calls_are_recorded_with_the_reads_that_firestore_bills(
-    queue: FakeFirestore, client: Client
+    queue: FakeFirestore, db: Client
 ) -> None:
     queue.fill(2_500)
-    jobs = client.collection("jobs")
+    jobs = db.collection("jobs")
     for ask in (count, lambda query: count(query.limit(1_000)), lambda q: ids(q.limit(7))):
         ask(where(jobs, ("status", "==", "waiting")))
-    count(client.collection("nothing"))
-    ids(client.collection_group("jobs").select(["pod"]).limit(2))
+    count(db.collection("nothing"))
+    ids(db.collection_group("jobs").select(["pod"]).limit(2))
     assert [call.reads_billed for call in queue.calls] == [3, 1, 7, 1, 2]
     assert queue.calls[1].filters == (("status", "==", "waiting"),)
     assert (queue.calls[1].limit, queue.calls[1].status) == (1_000, "OK")
@@ -158,8 +154,9 @@ def test_calls_are_recorded_with_the_reads_that_firestore_bills(
     assert (last.kind, last.path, last.select) == ("query", "**/jobs", ("pod",))
 
 
-def test_what_the_fake_does_not_have_it_refuses(queue: FakeFirestore, client: Client) -> None:
-    jobs = client.collection("jobs")
+@fake_alone
+def test_what_the_fake_does_not_have_it_refuses(db: Client) -> None:
+    jobs = db.collection("jobs")
     for query in (
         jobs.order_by("v"),
         jobs.where(filter=Or([FieldFilter("v", "==", 1), FieldFilter("v", "==", 2)])),

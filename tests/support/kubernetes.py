@@ -19,13 +19,13 @@ import json
 import os
 import random
 import secrets
-import select
 import socket
 import ssl
 import struct
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +87,7 @@ def answer(code: int, headers: Mapping[str, str] | None = None, message: str = "
 
 
 def hang(applied: bool = False) -> Behaviour:
-    """Reads the request and never answers, until the peer goes or the fake closes."""
+    """Reads the request and never answers, until the peer goes."""
     return Behaviour("hang", applied)
 
 
@@ -142,20 +142,12 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, cluster: FakeKubernetes, tls: ssl.SSLContext | None) -> None:
         self.cluster = cluster
-        self.closing = threading.Event()
         super().__init__(("127.0.0.1", 0), _Handler)
         if tls:
             self.socket = tls.wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        self._acceptor = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
-        self._acceptor.start()
-
-    def close(self) -> None:
-        self.closing.set()
-        self.shutdown()
-        self._acceptor.join()
-        self.server_close()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError | ValueError):
@@ -180,10 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         step = 1 if what == "drip" else len(whole) or 1
         for start in range(0, len(sent), step):
             self.wfile.write(sent[start : start + step])
-            if behaviour and self.server.closing.wait(behaviour.seconds):
-                break
+            time.sleep(behaviour.seconds if behaviour else 0)
         if what == "hang":
-            self._wait_for_the_peer()
+            self.rfile.read(1)  # a client that waits for an answer sends nothing: this is its end
         elif what in ("reset", "cut"):
             self._reset()
         self.close_connection |= what in ("hang", "reset", "cut")
@@ -199,11 +190,6 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         return "\r\n".join([*lines, "", ""]).encode() + reply.body
-
-    def _wait_for_the_peer(self) -> None:
-        while not self.server.closing.is_set():
-            if select.select([self.connection], [], [], 0.05)[0]:
-                return  # a client that waits for an answer sends nothing: this is its end
 
     def _reset(self) -> None:
         linger = struct.pack("ii", 1, 0)  # with nothing to linger for, closing sends RST
@@ -280,7 +266,8 @@ class FakeKubernetes:
     def stop_listening(self) -> None:
         """Refuses connections from now on."""
         if self._server:
-            self._server.close()
+            self._server.shutdown()
+            self._server.server_close()
             self._server = None
 
     @property
