@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 from google.api_core import exceptions
-from google.cloud.firestore import Client, FieldFilter
+from google.cloud.firestore import Client, FieldFilter, Or
 
 from tests.conftest import Queue
 from tests.support.firestore import FakeFirestore
 from tests.support.proxy import ChaosProxy, Mode
 from tests.support.world import PROJECT
-
-NAN, DAY = math.nan, datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -32,20 +30,12 @@ def db(any_queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def client(queue: FakeFirestore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """A client of the fake alone."""
-    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", queue.host)
-    with closing(Client(project=PROJECT)) as client:
-        yield client
-
-
 def ids(query: Any) -> list[str]:
     return sorted(snapshot.reference.path for snapshot in query.stream(retry=None, timeout=20))
 
 
-def count(query: Any, timeout: float = 20) -> int:
-    [[result]] = query.count().get(retry=None, timeout=timeout)
+def count(query: Any) -> int:
+    [[result]] = query.count().get(retry=None, timeout=20)
     return int(result.value)
 
 
@@ -58,47 +48,31 @@ def where(query: Any, *filters: tuple[str, str, object]) -> Any:
 # --- What both of them answer ------------------------------------------------------------------
 
 MIXED: dict[str, object] = {
-    "null": None, "false": False, "true": True, "nan": NAN, "minus": -1, "one": 1,
-    "one-as-float": 1.0, "big-float": float(2**53), "big": 2**53 + 1, "day": DAY,
-    "a": "a", "b": "b", "bytes": b"x", "empty-list": [], "list": [1, 2], "empty-map": {},
-    "map": {"a": 1},
+    "null": None, "false": False, "true": True, "minus": -1, "one": 1, "one-as-float": 1.0,
+    "big-float": float(2**53), "big": 2**53 + 1, "day": datetime(2026, 1, 1, tzinfo=UTC),
+    "a": "a", "b": "b", "bytes": b"x", "list": [1, 2], "map": {"a": 1},
 }  # fmt: skip
 NO_NULL = list(MIXED)[1:]
 
-OPERATORS: list[tuple[str, object, list[str]]] = [
+FILTERS: list[tuple[str, object, list[str]]] = [
     ("==", None, ["null"]),
-    ("==", NAN, ["nan"]),
     ("==", True, ["true"]),
     ("==", 1, ["one", "one-as-float"]),
     ("==", 2**53, ["big-float"]),
     ("==", "a", ["a"]),
     ("==", "1", []),
-    ("==", DAY, ["day"]),
-    ("==", [1, 2], ["list"]),
-    ("==", [2, 1], []),
-    ("==", {"a": 1}, ["map"]),
     ("!=", None, NO_NULL),
-    ("!=", NAN, [name for name in NO_NULL if name != "nan"]),
     ("!=", 1, [name for name in NO_NULL if not name.startswith("one")]),
     ("<", 1, ["minus"]),
     ("<=", 1, ["minus", "one", "one-as-float"]),
     (">", 1, ["big", "big-float"]),
     (">=", 1.0, ["big", "big-float", "one", "one-as-float"]),
     ("<", True, ["false"]),
-    (">=", True, ["true"]),
     ("<", "b", ["a"]),
     (">", "a", ["b"]),
-    ("<", DAY, []),
-    ("<", [1, 2], ["empty-list"]),
-    (">", {}, ["map"]),
     ("in", [1, "a"], ["a", "one", "one-as-float"]),
-    ("in", [None, NAN, True], ["true"]),
+    ("in", [None, True], ["true"]),
     ("in", [1, 1, 1], ["one", "one-as-float"]),
-    ("not-in", [1, "a"], [n for n in NO_NULL if n != "a" and not n.startswith("one")]),
-    ("not-in", [1, None], []),
-    ("array_contains", 1, ["list"]),
-    ("array_contains", 3, []),
-    ("array_contains_any", [2, 7], ["list"]),
 ]
 
 
@@ -107,7 +81,7 @@ def test_a_filter_finds_what_it_should(any_queue: Queue, db: Client) -> None:
     for name, value in MIXED.items():
         any_queue.put(f"mixed/{name}", {"v": value})
     any_queue.put("mixed/missing", {"w": 1})
-    for operator, value, expected in OPERATORS:
+    for operator, value, expected in FILTERS:
         query = where(db.collection("mixed"), ("v", operator, value))
         found = [path.removeprefix("mixed/") for path in ids(query)]
         assert found == sorted(expected), (operator, value)
@@ -115,29 +89,21 @@ def test_a_filter_finds_what_it_should(any_queue: Queue, db: Client) -> None:
 
 
 PODS = [f"pod-{number:02}" for number in range(31)]
-REFUSED: dict[str, list[tuple[str, str, object]]] = {
-    "in nothing": [("v", "in", [])],
-    "in of 31": [("v", "in", PODS)],
-    "not-in of 11": [("v", "not-in", PODS[:11])],
-    "array-contains-any of 31": [("v", "array_contains_any", PODS)],
-    "two !=": [("v", "!=", 1), ("w", "!=", 1)],
-    "!= and not-in": [("v", "!=", 1), ("v", "not-in", [2])],
-    "not-in and in": [("v", "not-in", [1]), ("w", "in", [2])],
-    "array-contains twice": [("v", "array_contains", 1), ("v", "array_contains", 2)],
-    "in times in": [("v", "in", PODS[:6]), ("w", "in", PODS[:6])],
-    "a reserved field": [("__v__", "==", 1)],
-}
+REFUSED: list[list[tuple[str, str, object]]] = [
+    [("v", "in", [])],
+    [("v", "in", PODS)],
+    [("v", "in", PODS[:6]), ("w", "in", PODS[:6])],
+]
 
 
-def test_what_firestore_refuses_is_refused(any_queue: Queue, db: Client) -> None:
+@pytest.mark.parametrize("filters", REFUSED, ids=["none", "31", "6 times 6"])
+def test_an_in_of_nothing_or_of_more_than_thirty_is_refused(
+    any_queue: Queue, db: Client, filters: list[tuple[str, str, object]]
+) -> None:
     any_queue.put("jobs/1", {"v": 1})
-    for name, filters in REFUSED.items():
-        for ask in (ids, count):
-            with pytest.raises(exceptions.InvalidArgument):
-                ask(where(db.collection("jobs"), *filters))
-                pytest.fail(f"{name} was not refused")
-    with pytest.raises(exceptions.InvalidArgument, match="reserved"):
-        count(db.collection("__jobs__"))
+    for ask in (ids, count):
+        with pytest.raises(exceptions.InvalidArgument):
+            ask(where(db.collection("jobs"), *filters))
 
 
 def test_filters_limits_and_lists_combine(any_queue: Queue, db: Client) -> None:
@@ -168,15 +134,19 @@ def test_documents_lie_in_collections_and_groups(any_queue: Queue, db: Client) -
 # --- The fake alone -----------------------------------------------------------------------------
 
 
+fake_alone = pytest.mark.parametrize("any_queue", ["fake"], indirect=True)
+
+
+@fake_alone
 def test_calls_are_recorded_with_the_reads_that_firestore_bills(
-    queue: FakeFirestore, client: Client
+    queue: FakeFirestore, db: Client
 ) -> None:
     queue.fill(2_500)
-    jobs = client.collection("jobs")
+    jobs = db.collection("jobs")
     for ask in (count, lambda query: count(query.limit(1_000)), lambda q: ids(q.limit(7))):
         ask(where(jobs, ("status", "==", "waiting")))
-    count(client.collection("nothing"))
-    ids(client.collection_group("jobs").select(["pod"]).limit(2))
+    count(db.collection("nothing"))
+    ids(db.collection_group("jobs").select(["pod"]).limit(2))
     assert [call.reads_billed for call in queue.calls] == [3, 1, 7, 1, 2]
     assert queue.calls[1].filters == (("status", "==", "waiting"),)
     assert (queue.calls[1].limit, queue.calls[1].status) == (1_000, "OK")
@@ -184,9 +154,18 @@ def test_calls_are_recorded_with_the_reads_that_firestore_bills(
     assert (last.kind, last.path, last.select) == ("query", "**/jobs", ("pod",))
 
 
-def test_what_the_fake_does_not_have_it_refuses(queue: FakeFirestore, client: Client) -> None:
-    with pytest.raises(exceptions.MethodNotImplemented):
-        ids(client.collection("jobs").order_by("v"))
+@fake_alone
+def test_what_the_fake_does_not_have_it_refuses(db: Client) -> None:
+    jobs = db.collection("jobs")
+    for query in (
+        jobs.order_by("v"),
+        jobs.where(filter=Or([FieldFilter("v", "==", 1), FieldFilter("v", "==", 2)])),
+        where(jobs, ("v", "not-in", [1])),
+        where(jobs, ("v", "==", math.nan)),
+        where(jobs, ("v", "in", [[1]])),
+    ):
+        with pytest.raises(exceptions.MethodNotImplemented):
+            ids(query)
     other = Client(project=PROJECT, database="elsewhere")
     with closing(other), pytest.raises(exceptions.NotFound, match="elsewhere does not exist"):
         count(other.collection("jobs"))

@@ -1,10 +1,5 @@
 """The official Firestore emulator, started for the tests and gone with them.
 
-    found = emulator_or_reason()
-    if isinstance(found, str):
-        pytest.skip(found)
-    found.clear("some-project")  # and talk to found.host
-
 Looked for, in this order: one that runs already (FIRESTORE_EMULATOR_HOST), a jar
 (FIRESTORE_EMULATOR_JAR), the component of an installed Google Cloud CLI.
 """
@@ -13,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import http.client
 import os
 import shutil
 import signal
@@ -25,8 +19,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
+import urllib3
 from google.cloud.firestore import Client
 
 # Read at import: tests set this variable for the clients that they start.
@@ -47,24 +41,19 @@ class Emulator:
     host: str
 
     def answers(self) -> bool:
-        with suppress(OSError, http.client.HTTPException):
-            return self._request("GET", "/") == http.HTTPStatus.OK
+        with suppress(urllib3.exceptions.HTTPError):
+            return self._ask("GET", "/") == 200
         return False
 
-    def clear(self, project: str, database: str = "(default)") -> None:
-        """Delete every document of the database."""
-        path = f"/emulator/v1/projects/{quote(project)}/databases/{quote(database)}/documents"
-        status = self._request("DELETE", path)
-        if status != http.HTTPStatus.OK:
-            raise RuntimeError(f"the emulator answered {status} to DELETE {path}")
+    def clear(self, project: str) -> None:
+        """Delete every document of the default database."""
+        path = f"/emulator/v1/projects/{project}/databases/(default)/documents"
+        status = self._ask("DELETE", path)
+        assert status == 200, f"the emulator answered {status} to DELETE {path}"
 
-    def _request(self, method: str, path: str) -> int:
-        connection = http.client.HTTPConnection(self.host, timeout=30)
-        try:
-            connection.request(method, path)
-            return connection.getresponse().status
-        finally:
-            connection.close()
+    def _ask(self, method: str, path: str) -> int:
+        url = f"http://{self.host}{path}"
+        return urllib3.request(method, url, retries=False, timeout=30).status
 
 
 @functools.cache
@@ -74,44 +63,28 @@ def emulator_or_reason() -> Emulator | str:
         named = Emulator(NAMED_HOST)
         reason = f"nothing answers at FIRESTORE_EMULATOR_HOST={NAMED_HOST}"
         return named if named.answers() else reason
-    jar = find_jar()
-    if isinstance(jar, str):
-        return jar
-    java = find_java()
+    gcloud, java = shutil.which("gcloud"), shutil.which("java")
+    beside = Path(gcloud).resolve().parents[1] / COMPONENT if gcloud else ""
+    jar = Path(os.environ.get("FIRESTORE_EMULATOR_JAR") or beside)
+    if not jar.is_file():
+        return (
+            "no Firestore emulator: neither FIRESTORE_EMULATOR_HOST nor FIRESTORE_EMULATOR_JAR "
+            "names one; try `gcloud components install cloud-firestore-emulator`"
+        )
     if java is None:
         return "the Firestore emulator needs java, which is not on the PATH"
     return start(java, jar)
 
 
-def find_jar() -> Path | str:
-    if named := os.environ.get("FIRESTORE_EMULATOR_JAR"):
-        jar = Path(named)
-        return jar if jar.is_file() else f"FIRESTORE_EMULATOR_JAR={named} is not a file"
-    gcloud = shutil.which("gcloud")
-    if gcloud is None:
-        return (
-            "no Firestore emulator: neither FIRESTORE_EMULATOR_HOST nor FIRESTORE_EMULATOR_JAR "
-            "is set, and gcloud is not on the PATH"
-        )
-    beside = Path(gcloud).resolve().parents[1] / COMPONENT
-    if beside.is_file():
-        return beside
-    return "no Firestore emulator: try `gcloud components install cloud-firestore-emulator`"
-
-
-def find_java() -> str | None:
-    home = os.environ.get("JAVA_HOME")
-    return (shutil.which("java", path=f"{home}/bin") if home else None) or shutil.which("java")
-
-
 def start(java: str, jar: Path) -> Emulator | str:
-    emulator = Emulator(f"127.0.0.1:{free_port()}")
-    host, _, port = emulator.host.partition(":")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    emulator = Emulator(f"127.0.0.1:{port}")
     # Its messages are in English only if it is told so.
     command = [java, "-Duser.language=en", "-cp", str(jar), MAIN_CLASS]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            ["sh", "-c", UNTIL_PARENT_ENDS, "sh", *command, f"--host={host}", f"--port={port}"],
+            ["sh", "-c", UNTIL_PARENT_ENDS, "sh", *command, "--host=127.0.0.1", f"--port={port}"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -136,13 +109,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True)

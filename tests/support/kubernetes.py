@@ -13,20 +13,19 @@ server-side apply, quotas, kubelets) answers as an error, never as a made-up suc
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import ipaddress
 import json
 import os
 import random
 import secrets
-import select
 import socket
 import ssl
 import struct
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,14 +41,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.support.kubernetes_api import (
-    Access,
-    Answer,
-    Api,
-    Identity,
-    forbidden,
-    json_answer,
-)
+from tests.support.kubernetes_api import Access, Answer, Api, Identity, forbidden, json_answer
 from tests.support.kubernetes_controllers import Controllers, pod_status
 from tests.support.kubernetes_objects import (
     CONTROLLER,
@@ -66,9 +58,9 @@ from tests.support.kubernetes_objects import (
     merge,
     not_found,
     read_request,
-    set_defaults,
     stamp,
 )
+from tests.support.rules import Rule
 
 __all__ = [
     "Behaviour", "FakeKubernetes", "Match", "Request", "Scale", "answer", "body", "cut", "drip",
@@ -95,7 +87,7 @@ def answer(code: int, headers: Mapping[str, str] | None = None, message: str = "
 
 
 def hang(applied: bool = False) -> Behaviour:
-    """Reads the request and never answers, until the peer goes or the fake closes."""
+    """Reads the request and never answers, until the peer goes."""
     return Behaviour("hang", applied)
 
 
@@ -129,73 +121,33 @@ def error_answer(
         text = b"Too many requests, please try again later.\n"
         return Answer(429, text, plain | dict(headers or {}))
     kind = KINDS.get(request.resource, KINDS["deployments"])
-    known: dict[int, Callable[[], ApiError]] = {
-        403: lambda: forbidden(request),
-        404: lambda: not_found(kind, request.name),
-        409: lambda: conflict(kind, request.name),
+    own = {
+        403: forbidden(request),
+        404: not_found(kind, request.name),
+        409: conflict(kind, request.name),
     }
-    error = ApiError(code, message or HTTPStatus(code).phrase)
-    if code in known and not message:
-        error = known[code]()
+    plain_error = ApiError(code, message or HTTPStatus(code).phrase)
+    error = plain_error if message else own.get(code, plain_error)
     return json_answer(code, error.status, headers)
-
-
-@dataclass
-class Rule:
-    """A fault or a hook: for matching requests from the `nth` on, `times` of them (None: all)."""
-
-    match: Match
-    act: Any
-    times: int | None
-    nth: int = 1
-    seen: int = 0
-
-    def due(self, request: Request) -> bool:
-        """To be asked once about each request: it counts them."""
-        if not self.match(request):
-            return False
-        self.seen += 1
-        return self.nth <= self.seen and (self.times is None or self.seen < self.nth + self.times)
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
 
 
 class _Server(ThreadingHTTPServer):
-    """Accepts connections and remembers them, so that closing leaves none behind."""
+    """A thread a connection, which ends with its client."""
 
     daemon_threads = True
     request_queue_size = 256
 
     def __init__(self, cluster: FakeKubernetes, tls: ssl.SSLContext | None) -> None:
         self.cluster = cluster
-        self.closing = threading.Event()
-        self._clients: dict[threading.Thread, socket.socket] = {}
         super().__init__(("127.0.0.1", 0), _Handler)
         if tls:
             self.socket = tls.wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        self._acceptor = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
-        self._acceptor.start()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._clients = {t: c for t, c in self._clients.items() if t.is_alive()}
-        thread = threading.Thread(
-            target=self.process_request_thread, args=(request, client_address), daemon=True
-        )
-        self._clients[thread] = request
-        thread.start()
-
-    def close(self) -> None:
-        self.closing.set()
-        self.shutdown()
-        self._acceptor.join()
-        self.server_close()
-        for thread, connection in self._clients.items():
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            thread.join(10)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError | ValueError):
@@ -214,28 +166,24 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         reply, behaviour = self.server.cluster.handle(self.command, self.path, raw, headers)
-        if behaviour is None or behaviour.what == "answer":
-            self.wfile.write(self._bytes(reply))
-        elif behaviour.what == "hang":
-            self._wait_for_the_peer()
-            self.close_connection = True
-        elif behaviour.what == "reset":
+        what = behaviour.what if behaviour else "answer"
+        whole = b"" if what in ("hang", "reset") else self._bytes(reply)
+        sent = whole[: -len(reply.body) // 2] if what == "cut" else whole
+        step = 1 if what == "drip" else len(whole) or 1
+        for start in range(0, len(sent), step):
+            self.wfile.write(sent[start : start + step])
+            time.sleep(behaviour.seconds if behaviour else 0)
+        if what == "hang":
+            self.rfile.read(1)  # a client that waits for an answer sends nothing: this is its end
+        elif what in ("reset", "cut"):
             self._reset()
-        elif behaviour.what == "cut":
-            self.wfile.write(self._bytes(reply)[: -len(reply.body) // 2])
-            self._reset()
-        elif behaviour.what == "drip":
-            for byte in self._bytes(reply):
-                self.wfile.write(bytes([byte]))
-                if self.server.closing.wait(behaviour.seconds):
-                    break
+        self.close_connection |= what in ("hang", "reset", "cut")
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
     def _bytes(self, reply: Answer) -> bytes:
         now = self.server.cluster.store.clock()
         headers = {
-            "Audit-Id": str(uuid.uuid4()), "Cache-Control": "no-cache, private",
             "Date": format_datetime(now.astimezone(UTC), usegmt=True),
             "Content-Length": str(len(reply.body)), **reply.headers,
         }  # fmt: skip
@@ -243,38 +191,37 @@ class _Handler(BaseHTTPRequestHandler):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         return "\r\n".join([*lines, "", ""]).encode() + reply.body
 
-    def _wait_for_the_peer(self) -> None:
-        while not self.server.closing.is_set():
-            if select.select([self.connection], [], [], 0.05)[0]:
-                return  # a client that waits for an answer sends nothing: this is its end
-
     def _reset(self) -> None:
         linger = struct.pack("ii", 1, 0)  # with nothing to linger for, closing sends RST
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         os.close(self.connection.detach())
-        self.close_connection = True
 
 
-# --- Certificates --------------------------------------------------------------------------------
+# --- TLS -----------------------------------------------------------------------------------------
 
 
-def make_certificate() -> tuple[bytes, bytes]:
-    """A certificate for loopback that vouches for itself (PEM), and its key (PEM)."""
+def server_context() -> tuple[ssl.SSLContext, bytes]:
+    """With a certificate for loopback that vouches for itself, and that certificate (PEM)."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kube-apiserver")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
     begin = datetime.now(UTC) - timedelta(days=1)
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(begin + timedelta(days=30))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem, bare = serialization.Encoding.PEM, serialization.NoEncryption()
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, bare)
-    return certificate.public_bytes(pem), secret
+    public = certificate.public_bytes(pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # ssl reads keys from files alone
+        file.write(public + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, bare))
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context, public
 
 
 # --- The cluster ---------------------------------------------------------------------------------
@@ -295,7 +242,6 @@ class FakeKubernetes:
         self.access = Access()
         self.controllers = Controllers(self.store, nodes)
         self.api = Api(self.store, self.access, self.controllers)
-        self.api.touched = self._touched
         self.requests: list[Request] = []
         self._faults: list[Rule] = []
         self._hooks: dict[str, list[Rule]] = {"before": [], "after": []}
@@ -304,7 +250,7 @@ class FakeKubernetes:
         self._tls: ssl.SSLContext | None = None
         self._ca = b""
         if tls:
-            self._tls, self._ca = _server_context()
+            self._tls, self._ca = server_context()
         self.admin_token = self.add_token("kubernetes-admin", admin=True)
 
     # Life
@@ -318,9 +264,10 @@ class FakeKubernetes:
         self.stop_listening()
 
     def stop_listening(self) -> None:
-        """Refuses connections from now on and drops those that are open."""
+        """Refuses connections from now on."""
         if self._server:
-            self._server.close()
+            self._server.shutdown()
+            self._server.server_close()
             self._server = None
 
     @property
@@ -335,19 +282,19 @@ class FakeKubernetes:
         self.access.tokens[token] = Identity(user, admin)
         return token
 
-    def service_account(self, name: str, namespace: str = "default") -> str:
+    def service_account(self, name: str) -> str:
         """A token of that service account."""
-        return self.add_token(f"system:serviceaccount:{namespace}:{name}")
+        return self.add_token(f"system:serviceaccount:default:{name}")
 
-    def load_rbac(self, manifest: str, namespace: str = "default") -> None:
+    def load_rbac(self, manifest: str) -> None:
         """Allows what this manifest allows, and nothing else."""
-        self.access.load(manifest, namespace)
+        self.access.load(manifest)
 
-    def write_kubeconfig(self, path: Path, token: str = "", namespace: str = "default") -> Path:
+    def write_kubeconfig(self, path: Path, token: str = "") -> Path:
         server: Object = {"server": self.url}
         if self._ca:
             server["certificate-authority-data"] = base64.b64encode(self._ca).decode()
-        context = {"cluster": "fake", "user": "fake", "namespace": namespace}
+        context = {"cluster": "fake", "user": "fake", "namespace": "default"}
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "fake",
             "clusters": [{"name": "fake", "cluster": server}],
@@ -355,7 +302,6 @@ class FakeKubernetes:
             "contexts": [{"name": "fake", "context": context}],
         }  # fmt: skip
         path.write_text(yaml.safe_dump(config))
-        path.chmod(0o600)
         return path
 
     def write_service_account(self, directory: Path) -> dict[str, str]:
@@ -417,102 +363,79 @@ class FakeKubernetes:
         for call in due:
             call(request)
 
-    def _touched(self, namespace: str, name: str) -> None:
-        """Lets the controllers do whatever they have to do about a Deployment."""
-        with self.store.lock:
-            self.controllers.reconcile(namespace, name)
-
     # The world as a test sets it up and looks at it
 
     def add_deployment(
         self,
         name: str,
-        namespace: str = "default",
         *,
         replicas: int = 1,
         annotations: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
         selector: Object | None = None,
         manager: str = "kubectl-create",
-    ) -> Object:
+    ) -> None:
         """A Deployment with its pods."""
         labels = dict(labels or {"app": name})
-        obj: Object = {
-            "metadata": {"name": name, "namespace": namespace, "labels": labels},
-            "spec": {
-                "replicas": replicas,
-                "selector": selector or {"matchLabels": labels},
-                "template": {
-                    "metadata": {"labels": labels},
-                    "spec": {"containers": [{"name": "main", "image": "worker:1"}]},
-                },
-            },
+        pod = {"containers": [{"name": "main", "image": "worker:1"}]}
+        meta = {"name": name, "namespace": "default", "labels": labels, "annotations": annotations}
+        spec = {
+            "replicas": replicas,
+            "selector": selector or {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
         }
-        if annotations:
-            obj["metadata"]["annotations"] = dict(annotations)
-        set_defaults(KINDS["deployments"], obj)
         with self.store.lock:
+            obj = merge({}, {"metadata": meta, "spec": spec})
             self.store.create(KINDS["deployments"], obj, Writer(manager))
-            self._touched(namespace, name)
-        return self.deployment(name, namespace)
+            self.controllers.reconcile("default")
 
-    def add_pod(self, name: str, labels: Labels, namespace: str = "default") -> Object:
+    def add_pod(self, name: str, labels: Labels, namespace: str = "default") -> None:
         """A pod that belongs to no Deployment, whatever its labels say."""
-        meta: Object = {"name": name, "namespace": namespace, "labels": dict(labels)}
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": str(uuid.uuid4())}
+        meta: Object = {"name": name, "namespace": namespace, "labels": dict(labels)}
         meta["ownerReferences"] = [{**owner, "controller": True}]
-        spec: Object = {"containers": [{"name": "main", "image": "other:1"}]}
-        spec["nodeName"] = "node-a"
-        obj: Object = {"metadata": meta, "spec": spec}
+        spec = {"containers": [{"name": "main", "image": "other:1"}], "nodeName": "node-a"}
         with self.store.lock:
-            obj["status"] = pod_status(spec, stamp(self.store.clock()))
-            return copy.deepcopy(self.store.create(KINDS["pods"], obj, Writer(CONTROLLER)))
+            status = pod_status(spec, stamp(self.store.clock()))
+            obj = {"metadata": meta, "spec": spec, "status": status}
+            self.store.create(KINDS["pods"], obj, Writer(CONTROLLER))
 
     def edit(
         self,
         resource: str,
         name: str,
         change: Callable[[Object], object],
-        namespace: str = "default",
         manager: str = "kubectl-edit",
         subresource: str = "",
     ) -> None:
         """Another writer: changes an object in place, past the API's checks."""
         with self.store.lock:
-            old = self.store.objects[(resource, namespace, name)]
+            old = self.store.objects[(resource, "default", name)]
             new = copy.deepcopy(old)
             change(new)
-            self.store.update(KINDS[resource], old, new, Writer(manager, subresource))
-            if resource == "pods":
-                self.api.touch_owner(new)
-            elif resource == "deployments":
-                self._touched(namespace, name)
+            self.store.update(old, new, Writer(manager, subresource))
+            self.controllers.reconcile("default")
 
-    def scale(
-        self, name: str, replicas: int, namespace: str = "default", manager: str = "kubectl"
-    ) -> None:
+    def scale(self, name: str, replicas: int, manager: str = "kubectl") -> None:
         """Scales as `kubectl scale` or an HPA does: through the scale subresource."""
-        self.edit(
-            "deployments", name, lambda d: d["spec"].update(replicas=replicas), namespace, manager,
-            "scale",
-        )  # fmt: skip
 
-    def annotate(self, name: str, /, **annotations: str | None) -> None:
-        """Sets annotations of a Deployment in the namespace "default", as a person does; None
-        removes one."""
-        patch = {"metadata": {"annotations": annotations}}
-        self.edit(
-            "deployments", name, lambda d: d.update(merge(d, patch)), manager="kubectl-annotate"
-        )
+        def change(deployment: Object) -> None:
+            deployment["spec"]["replicas"] = replicas
 
-    def start_rollout(
-        self, name: str, new_pods: int, old_pods: int, namespace: str = "default"
+        self.edit("deployments", name, change, manager, "scale")
+
+    def annotate(
+        self, name: str, manager: str = "kubectl-annotate", /, **annotations: str | None
     ) -> None:
+        """Sets annotations of a Deployment, as a person does; None removes one."""
+        patch = {"metadata": {"annotations": annotations}}
+        self.edit("deployments", name, lambda d: d.update(merge(d, patch)), manager)
+
+    def start_rollout(self, name: str, new_pods: int, old_pods: int) -> None:
         """Puts a rollout half-way, where it stays."""
         with self.store.lock:
-            obj = self.store.objects[("deployments", namespace, name)]
-            self.controllers.start_rollout(obj, new_pods, old_pods)
-            self._touched(namespace, name)
+            self.controllers.start_rollout(self.deployment(name), new_pods, old_pods)
+            self.controllers.reconcile("default")
 
     def keep_terminating(self) -> None:
         """Lets deleted pods stay, from now on, marked as terminating."""
@@ -521,7 +444,6 @@ class FakeKubernetes:
     def set_pod(
         self,
         name: str,
-        namespace: str = "default",
         *,
         ready: bool | None = None,
         phase: str | None = None,
@@ -534,52 +456,44 @@ class FakeKubernetes:
         """Changes what a kubelet, a scheduler or time would change."""
 
         def change(pod: Object) -> None:
-            meta, spec, status = pod["metadata"], pod["spec"], pod["status"]
-            meta["annotations"] = merge(meta.get("annotations"), dict(annotations or {}))
-            if phase is not None:
-                status["phase"] = phase
-            if node is not None:
-                spec["nodeName"] = node
-            for condition in status.get("conditions", []):
-                if condition["type"] == "Ready" and ready is not None:
-                    condition["status"] = str(ready)
-                if ready_since is not None:
-                    condition["lastTransitionTime"] = stamp(ready_since)
-            for container in status.get("containerStatuses", []):
-                if restarts is not None:
-                    container["restartCount"] = restarts
+            meta, status = pod["metadata"], pod["status"]
+            [condition] = [one for one in status["conditions"] if one["type"] == "Ready"]
+            for part, key, value in (
+                (status, "phase", phase),
+                (pod["spec"], "nodeName", node),
+                (condition, "status", None if ready is None else str(ready)),
+                (condition, "lastTransitionTime", ready_since and stamp(ready_since)),
+                (status["containerStatuses"][0], "restartCount", restarts),
+                (meta, "creationTimestamp", created and stamp(created)),
+                (meta, "annotations", merge(meta.get("annotations"), dict(annotations or {}))),
+            ):
+                if value is not None:
+                    part[key] = value
 
+        self.edit("pods", name, change, "kubelet", "status")
+
+    def deployment(self, name: str) -> Object:
         with self.store.lock:
-            if created is not None:
-                found = self.store.objects[("pods", namespace, name)]
-                found["metadata"]["creationTimestamp"] = stamp(created)
-            self.edit("pods", name, change, namespace, "kubelet", "status")
+            return copy.deepcopy(self.store.objects[("deployments", "default", name)])
 
-    def deployment(self, name: str, namespace: str = "default") -> Object:
-        with self.store.lock:
-            return copy.deepcopy(self.store.objects[("deployments", namespace, name)])
+    def replicas(self, name: str) -> int:
+        return int(self.deployment(name)["spec"]["replicas"])
 
-    def replicas(self, name: str, namespace: str = "default") -> int | None:
-        """spec.replicas as stored: None where it is absent."""
-        found = self.deployment(name, namespace)["spec"].get("replicas")
-        return None if found is None else int(found)
+    def annotations(self, name: str) -> dict[str, str]:
+        return dict(self.deployment(name)["metadata"].get("annotations", {}))
 
-    def annotations(self, name: str, namespace: str = "default") -> dict[str, str]:
-        return dict(self.deployment(name, namespace)["metadata"].get("annotations", {}))
-
-    def pods(self, name: str, namespace: str = "default") -> list[Object]:
+    def pods(self, name: str) -> list[Object]:
         """The Deployment's pods, terminating ones included."""
         with self.store.lock:
-            owner = self.store.objects[("deployments", namespace, name)]
-            return copy.deepcopy(self.controllers.pods(owner))
+            return copy.deepcopy(self.controllers.pods(self.deployment(name)))
 
-    def events(self, namespace: str = "default") -> list[Object]:
+    def events(self) -> list[Object]:
         with self.store.lock:
-            return copy.deepcopy(self.store.find("events", namespace))
+            return copy.deepcopy(self.store.find("events", "default"))
 
-    def calls(self, match: Match | None = None) -> list[Request]:
+    def calls(self, match: Match) -> list[Request]:
         """The requests so far that match."""
-        return [request for request in list(self.requests) if match is None or match(request)]
+        return [request for request in list(self.requests) if match(request)]
 
     @property
     def deleted_pods(self) -> list[str]:
@@ -589,13 +503,3 @@ class FakeKubernetes:
     @property
     def scales(self) -> list[Scale]:
         return self.store.scales
-
-
-def _server_context() -> tuple[ssl.SSLContext, bytes]:
-    certificate, key = make_certificate()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # ssl reads keys from files alone
-        file.write(certificate + key)
-        file.flush()
-        context.load_cert_chain(file.name)
-    return context, certificate

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import yaml
 
-from tests.support.kubernetes_controllers import (
-    Controllers,
-    _owner,
-    _uid,
-)
+from tests.support.kubernetes_controllers import Controllers
 from tests.support.kubernetes_objects import (
     KINDS,
-    KNOWN_PATHS,
-    SCALE,
     ApiError,
     Kind,
     Object,
     Request,
     Store,
     Writer,
-    apply_patch,
     conflict,
+    merge,
     not_found,
     parse_field_selector,
     parse_selector,
-    set_defaults,
     validate,
     wanted_replicas,
 )
@@ -53,14 +45,14 @@ class Access:
     tokens: dict[str, Identity] = field(default_factory=dict)
     rules: list[tuple[str, str, Object]] | None = None  # user, namespace, rule
 
-    def load(self, manifest: str, namespace: str) -> None:
+    def load(self, manifest: str) -> None:
         """Adds the Roles that RoleBindings of a multi-document YAML text give service accounts."""
         documents = list(yaml.safe_load_all(manifest))
         roles = {d["metadata"]["name"]: d["rules"] for d in documents if d["kind"] == "Role"}
         self.rules = self.rules or []
         for binding in documents:
             if binding["kind"] == "RoleBinding":
-                home = binding["metadata"].get("namespace", namespace)
+                home = binding["metadata"].get("namespace", "default")
                 for subject in binding["subjects"]:
                     user = f"system:serviceaccount:{subject['namespace']}:{subject['name']}"
                     rules = roles[binding["roleRef"]["name"]]
@@ -120,6 +112,9 @@ def json_answer(status: int, body: Object, headers: Mapping[str, str] | None = N
     return Answer(status, raw, {"Content-Type": "application/json", **(headers or {})})
 
 
+MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
+
+
 class Api:
     """What each verb does to the store, and its answer."""
 
@@ -127,15 +122,11 @@ class Api:
         self.store = store
         self.access = access
         self.controllers = controllers
-        self.touched: Callable[[str, str], None] = lambda namespace, name: None
 
     def answer(self, request: Request, who: Identity, content_type: str) -> Answer:
         try:
             with self.store.lock:
                 self.access.check(who, request)
-                if not request.path.startswith(KNOWN_PATHS):
-                    plain = {"Content-Type": "text/plain; charset=utf-8"}
-                    return Answer(404, b"404 page not found\n", plain)
                 return json_answer(*self._dispatch(request, content_type))
         except ApiError as error:
             return json_answer(error.code, error.status)
@@ -144,14 +135,10 @@ class Api:
             return json_answer(500, ApiError(500, f"Internal error occurred: {error!r}").status)
 
     def _dispatch(self, request: Request, content_type: str) -> tuple[int, Object]:
-        if request.path == "/version":
-            return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
-        kind = KINDS.get(request.resource)
-        known = kind is not None and kind.group == request.group
-        if kind is None or not known or request.subresource not in kind.verbs:
+        kind, subresource = KINDS.get(request.resource), request.subresource
+        if kind is None or kind.group != request.group or subresource not in kind.verbs:
             raise ApiError(404, "the server could not find the requested resource")
-        named_create = request.verb == "create" and request.name
-        if named_create or request.verb not in kind.verbs[request.subresource].split():
+        if request.verb not in kind.verbs[subresource].split():
             text = "the server does not allow this method on the requested resource"
             raise ApiError(405, text)
         if request.verb == "list":
@@ -162,10 +149,12 @@ class Api:
         if obj is None:
             raise not_found(kind, request.name)
         if request.verb == "delete":
-            return 200, self._delete(obj)
-        if request.verb == "patch":
-            obj = self._write(kind, obj, request, content_type)
-        return 200, scale_of(obj) if request.subresource == "scale" else obj
+            self.controllers.delete_pod(obj)
+        elif request.verb == "patch":
+            obj = self._patch(kind, obj, request, content_type)
+        if request.verb != "get":
+            self.controllers.reconcile(request.namespace)
+        return 200, scale_of(obj) if subresource == "scale" else obj
 
     def _list(self, kind: Kind, request: Request) -> Object:
         """All of it at once: a page may be longer than `limit`, and then is the only one."""
@@ -181,73 +170,32 @@ class Api:
         return {**named, "metadata": metadata, "items": items}
 
     def _create(self, kind: Kind, request: Request) -> Object:
-        obj = _body_object(kind, request)
-        meta = obj["metadata"]
-        set_defaults(kind, obj)
-        obj.pop("status", None)
+        obj: Object = merge({"metadata": {"namespace": request.namespace}}, request.body)
+        name = obj["metadata"]["name"]
         validate(kind, obj)
-        if self.store.get(kind.resource, request.namespace, meta["name"]):
-            text = f'{kind.qualified} "{meta["name"]}" already exists'
-            raise ApiError(409, text, "AlreadyExists")
-        obj = self.store.create(kind, obj, writer_of(request))
-        self._touch(kind, obj)
-        return obj
+        if self.store.get(kind.resource, request.namespace, name):
+            raise ApiError(409, f'{kind.qualified} "{name}" already exists', "AlreadyExists")
+        return self.store.create(kind, obj, writer_of(request))
 
-    def _write(self, kind: Kind, old: Object, request: Request, content_type: str) -> Object:
+    def _patch(self, kind: Kind, old: Object, request: Request, content_type: str) -> Object:
         """PATCH of an object or of its scale."""
         scaling = request.subresource == "scale"
-        shown_kind, shown = (SCALE, scale_of(old)) if scaling else (kind, old)
-        new = copy.deepcopy(apply_patch(shown, request.body, content_type))
+        if content_type not in MERGE_PATCHES:
+            raise ApiError(415, "415: Unsupported Media Type")
+        new = merge(scale_of(old) if scaling else old, request.body)
         read = new["metadata"].get("resourceVersion")
         if read and read != old["metadata"]["resourceVersion"]:
             raise conflict(kind, request.name)
-        validate(shown_kind, new)
         if scaling:
-            replicas = new.get("spec", {}).get("replicas", 0)
-            new = {**old, "spec": {**old["spec"], "replicas": replicas}}
-        else:
-            # The status is written through a subresource alone, which this server has not.
-            new["status"] = old.get("status")
-            set_defaults(kind, new)
-        new = self.store.update(kind, old, new, writer_of(request))
-        if new is not old:
-            self._touch(kind, new)
-        return new
-
-    def _delete(self, pod: Object) -> Object:
-        self.controllers.delete_pod(pod)
-        self.touch_owner(pod)
-        return pod
-
-    def _touch(self, kind: Kind, obj: Object) -> None:
-        """Wakes the controllers for the Deployment that a write is about."""
-        if kind.resource == "deployments":
-            self.touched(obj["metadata"]["namespace"], obj["metadata"]["name"])
-        elif kind.resource == "pods":
-            self.touch_owner(obj)
-
-    def touch_owner(self, pod: Object) -> None:
-        for owned in self.store.find("replicasets", pod["metadata"]["namespace"]):
-            if _uid(owned) == _owner(pod):
-                owner = owned["metadata"]["ownerReferences"][0]["name"]
-                self.touched(pod["metadata"]["namespace"], owner)
+            new = merge(old, {"spec": {"replicas": new["spec"].get("replicas", 0)}})
+        validate(kind, new)
+        return self.store.update(old, new, writer_of(request))
 
 
 def writer_of(request: Request) -> Writer:
     """Field manager: as named, else the User-Agent up to its first slash."""
     manager = request.query.get("fieldManager") or request.user_agent.split("/")[0] or "unknown"
     return Writer(manager, request.subresource)
-
-
-def _body_object(kind: Kind, request: Request) -> Object:
-    """The object in the body of a create or update, checked against the path."""
-    if not isinstance(request.body, dict):
-        raise ApiError(400, "the request body is not an object")
-    obj = copy.deepcopy(request.body)
-    meta = obj.setdefault("metadata", {})
-    if meta.setdefault("namespace", request.namespace) != request.namespace:
-        raise ApiError(400, "the namespace of the object is not that of the request")
-    return {"kind": kind.kind, "apiVersion": kind.api_version, **obj}
 
 
 def scale_of(deployment: Object) -> Object:

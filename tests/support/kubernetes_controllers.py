@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import hashlib
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +19,7 @@ from tests.support.kubernetes_objects import (
     Store,
     Writer,
     deletion_cost,
+    merge,
     random_name,
     stamp,
     wanted_replicas,
@@ -51,47 +49,22 @@ def deletion_order(
     """
     crowd = Counter(pod["spec"].get("nodeName", "") for pod in related if is_active(pod))
 
-    def first_rules(pod: Object) -> tuple[bool, int, bool, int, int]:
-        node = pod["spec"].get("nodeName", "")
-        phase = {"Pending": 0, "Unknown": 1, "Running": 2}.get(pod["status"].get("phase", ""), 0)
-        cost = deletion_cost((pod["metadata"].get("annotations") or {}).get(DELETION_COST, "0"))
-        return bool(node), phase, ready_since(pod) is not None, cost or 0, -crowd[node]
+    def age(moment: str | None) -> int:
+        """A power of two of nanoseconds, as upstream compares ages: the younger goes first."""
+        seconds = (now - datetime.fromisoformat(moment)).total_seconds() if moment else 0
+        return int(seconds * 1e9).bit_length()
 
-    def compare(a: Object, b: Object) -> int:
-        left, right = first_rules(a), first_rules(b)
-        if left != right:
-            return -1 if left < right else 1
-        created = [pod["metadata"].get("creationTimestamp") for pod in (a, b)]
-        uids = _uid(a), _uid(b)
-        return (
-            _younger_first(ready_since(a), ready_since(b), uids, now)
-            or _restarts(b) - _restarts(a)
-            or _younger_first(created[0], created[1], uids, now)
-        )
+    def rank(pod: Object) -> tuple[bool | int, ...]:
+        meta, status, node = pod["metadata"], pod["status"], pod["spec"].get("nodeName", "")
+        phase = {"Pending": 0, "Unknown": 1, "Running": 2}.get(status.get("phase", ""), 0)
+        cost = deletion_cost((meta.get("annotations") or {}).get(DELETION_COST, "0")) or 0
+        ready, containers = ready_since(pod), status.get("containerStatuses", [])
+        restarts = max((container["restartCount"] for container in containers), default=0)
+        stands = bool(node), phase, ready is not None, cost
+        return *stands, -crowd[node], age(ready), -restarts, age(meta["creationTimestamp"])
 
-    shuffled = rng.sample(pods, len(pods))  # upstream's sort is not stable: ties are luck
-    return sorted(shuffled, key=functools.cmp_to_key(compare))
-
-
-def _younger_first(a: str | None, b: str | None, uids: tuple[str, str], now: datetime) -> int:
-    """Compares ages by powers of two of their nanoseconds; the uid settles equal powers."""
-    if a == b:
-        return 0
-    if not a or not b:
-        return -1 if not a else 1
-    left, right = (_power(now - datetime.fromisoformat(moment)) for moment in (a, b))
-    first = left < right if left != right else uids[0] < uids[1]
-    return -1 if first else 1
-
-
-def _power(age: timedelta) -> int:
-    nanoseconds = age / timedelta(microseconds=1) * 1000
-    return int(math.log2(nanoseconds)) if nanoseconds > 0 else -1
-
-
-def _restarts(pod: Object) -> int:
-    statuses = pod["status"].get("containerStatuses", [])
-    return max((int(s.get("restartCount", 0)) for s in statuses), default=0)
+    # Upstream's sort is not stable: ties are luck.
+    return sorted(rng.sample(pods, len(pods)), key=rank)
 
 
 class Controllers:
@@ -100,15 +73,14 @@ class Controllers:
     def __init__(self, store: Store, nodes: Sequence[str]) -> None:
         self.store = store
         self.nodes = nodes
-        self.held: set[tuple[str, str]] = set()  # rollouts that make no progress
+        self.held: set[str] = set()  # the Deployments whose rollout makes no progress
         self.keep_terminating = False
         self.deleted_pods: list[str] = []
 
-    def reconcile(self, namespace: str, name: str) -> None:
-        """Brings the pods to what the Deployment wants, as it is now."""
+    def reconcile(self, namespace: str) -> None:
+        """Brings the pods to what each Deployment wants, as it is now."""
         for step in (self._roll_out, self._replace_pods, self._report):
-            deployment = self.store.get("deployments", namespace, name)
-            if deployment is not None:
+            for deployment in self.store.find("deployments", namespace):
                 step(deployment)
 
     def sets(self, deployment: Object) -> list[Object]:
@@ -125,12 +97,10 @@ class Controllers:
     def start_rollout(self, deployment: Object, new_pods: int, old_pods: int) -> None:
         """Leaves the Deployment with pods of an old and a new template, where it then stands: not
         even a scale changes the sizes, which upstream would share out in proportion."""
-        meta = deployment["metadata"]
-        self.held.add((meta["namespace"], meta["name"]))
-        new = copy.deepcopy(deployment)
-        template = new["spec"]["template"]["metadata"]
-        template["annotations"] = {"kubectl.kubernetes.io/restartedAt": stamp(self.store.clock())}
-        new = self.store.update(KINDS["deployments"], deployment, new, Writer("kubectl-rollout"))
+        self.held.add(_uid(deployment))
+        restarted = {"kubectl.kubernetes.io/restartedAt": stamp(self.store.clock())}
+        patch = {"spec": {"template": {"metadata": {"annotations": restarted}}}}
+        new = self.store.update(deployment, merge(deployment, patch), Writer("kubectl-rollout"))
         for owned in self.sets(new):
             self._set_size(owned, old_pods)
         self._set_size(self._current_set(new, 0), new_pods)
@@ -138,14 +108,12 @@ class Controllers:
     def _all(self, neighbour: Object, resource: str) -> list[Object]:
         return self.store.find(resource, neighbour["metadata"]["namespace"])
 
-    def _write(self, old: Object, new: Object, subresource: str = "") -> Object:
-        kind = KINDS[f"{old['kind'].lower()}s"]
-        return self.store.update(kind, old, new, Writer(CONTROLLER, subresource))
+    def _write(self, old: Object, patch: Object, subresource: str = "") -> None:
+        self.store.update(old, merge(old, patch), Writer(CONTROLLER, subresource))
 
     def _roll_out(self, deployment: Object) -> None:
         """Gives all pods to the ReplicaSet of the present template."""
-        meta = deployment["metadata"]
-        if (meta["namespace"], meta["name"]) in self.held:
+        if _uid(deployment) in self.held:
             return
         desired = wanted_replicas(deployment)
         current = self._current_set(deployment, desired)
@@ -162,10 +130,9 @@ class Controllers:
         for found in owned:
             if found["metadata"]["labels"][TEMPLATE_HASH] == suffix:
                 return found
-        template, selector = copy.deepcopy(spec["template"]), copy.deepcopy(spec["selector"])
-        template.setdefault("metadata", {}).setdefault("labels", {})[TEMPLATE_HASH] = suffix
-        selector.setdefault("matchLabels", {})[TEMPLATE_HASH] = suffix
-        meta = deployment["metadata"]
+        meta, label = deployment["metadata"], {TEMPLATE_HASH: suffix}
+        template = merge(spec["template"], {"metadata": {"labels": label}})
+        selector = merge(spec["selector"], {"matchLabels": label})
         obj = {
             "metadata": {
                 "name": f"{meta['name']}-{suffix}", "namespace": meta["namespace"],
@@ -179,9 +146,7 @@ class Controllers:
         return self.store.create(KINDS["replicasets"], obj, Writer(CONTROLLER))
 
     def _set_size(self, owned: Object, size: int) -> None:
-        new = copy.deepcopy(owned)
-        new["spec"]["replicas"] = size
-        self._write(owned, new)
+        self._write(owned, {"spec": {"replicas": size}})
 
     def _replace_pods(self, deployment: Object) -> None:
         """The ReplicaSet controller: creates the pods that lack, deletes those in surplus."""
@@ -199,68 +164,48 @@ class Controllers:
         """Deletes a pod, or marks it as terminating while the test keeps such pods."""
         self.deleted_pods.append(pod["metadata"]["name"])
         if not self.keep_terminating:
-            return self.store.remove(KINDS["pods"], pod)
-        new = copy.deepcopy(pod)
-        new["metadata"]["deletionTimestamp"] = stamp(self.store.clock() + timedelta(seconds=30))
-        new["metadata"]["deletionGracePeriodSeconds"] = 30
-        self._write(pod, new)
+            return self.store.remove(pod)
+        end = stamp(self.store.clock() + timedelta(seconds=30))
+        self._write(pod, {"metadata": {"deletionTimestamp": end, "deletionGracePeriodSeconds": 30}})
 
     def _create_pod(self, deployment: Object, owned: Object) -> None:
-        meta, template = owned["metadata"], owned["spec"]["template"]
-        node = self._next_node(deployment)
-        base = f"{meta['name']}-"
-        spec = copy.deepcopy(template["spec"]) | ({"nodeName": node} if node else {})
-        self.store.create(
-            KINDS["pods"],
-            {
-                "metadata": {
-                    "generateName": base, "namespace": meta["namespace"],
-                    "name": base[:58] + random_name(self.store.rng, 5),
-                    "labels": dict(template["metadata"]["labels"]),
-                    "ownerReferences": [_reference(owned)],
-                },
-                "spec": spec,
-                "status": pod_status(spec, stamp(self.store.clock())),
-            },
-            Writer(CONTROLLER),
-        )  # fmt: skip
-
-    def _next_node(self, deployment: Object) -> str:
+        template, base = owned["spec"]["template"], f"{owned['metadata']['name']}-"
         used = Counter(pod["spec"].get("nodeName") for pod in self.pods(deployment))
-        return min(self.nodes, key=lambda node: used[node], default="")
+        node = min(self.nodes, key=lambda node: used[node], default=None)
+        meta = {
+            "generateName": base, "name": base[:58] + random_name(self.store.rng, 5),
+            "namespace": owned["metadata"]["namespace"],
+            "labels": template["metadata"]["labels"], "ownerReferences": [_reference(owned)],
+        }  # fmt: skip
+        spec = merge(template["spec"], {"nodeName": node})
+        status = pod_status(spec, stamp(self.store.clock()))
+        pod = {"metadata": meta, "spec": spec, "status": status}
+        self.store.create(KINDS["pods"], pod, Writer(CONTROLLER))
 
     def _report(self, deployment: Object) -> None:
         """The Deployment's status: so many are there, and so many are ready."""
         active = [pod for pod in self.pods(deployment) if is_active(pod)]
-        status: Object = {"observedGeneration": deployment["metadata"]["generation"]}
-        status["replicas"] = status["updatedReplicas"] = len(active)
-        status["readyReplicas"] = sum(ready_since(pod) is not None for pod in active)
-        newest = self.sets(deployment)[0]["metadata"]["annotations"]
-        new = copy.deepcopy(deployment)
-        new["status"] = status
-        new["metadata"].setdefault("annotations", {})[REVISION] = newest[REVISION]
-        self._write(deployment, new, "status")
+        ready = sum(ready_since(pod) is not None for pod in active)
+        status = {"replicas": len(active), "updatedReplicas": len(active), "readyReplicas": ready}
+        revision = self.sets(deployment)[0]["metadata"]["annotations"][REVISION]
+        patch = {"metadata": {"annotations": {REVISION: revision}}, "status": status}
+        self._write(deployment, patch, "status")
 
 
 def pod_status(spec: Object, now: str) -> Object:
     """The status of a new pod: running and ready at once, or waiting for a node."""
     if not spec.get("nodeName"):
-        return {"phase": "Pending", "qosClass": "BestEffort"}
+        return {"phase": "Pending"}
     conditions = [
         {"type": kind, "status": "True", "lastTransitionTime": now}
         for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
     ]
     containers = [
-        {
-            "name": container["name"], "image": container["image"], "imageID": "sha256:0",
-            "ready": True, "restartCount": 0, "state": {"running": {"startedAt": now}},
-        }
+        {**container, "imageID": "sha256:0", "ready": True, "restartCount": 0}
         for container in spec["containers"]
-    ]  # fmt: skip
-    return {
-        "phase": "Running", "conditions": conditions, "containerStatuses": containers,
-        "startTime": now, "qosClass": "BestEffort",
-    }  # fmt: skip
+    ]
+    status = {"phase": "Running", "startTime": now}
+    return {**status, "conditions": conditions, "containerStatuses": containers}
 
 
 def _uid(obj: Object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 import re
 import threading
@@ -12,7 +11,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from http import HTTPStatus
+from typing import Any, NamedTuple
 
 Object = dict[str, Any]
 Key = tuple[str, str, str]  # resource, namespace, name
@@ -21,8 +21,8 @@ FieldPath = tuple[str, ...]
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 REVISION = "deployment.kubernetes.io/revision"
 TEMPLATE_HASH = "pod-template-hash"
-CONTROLLER = "kube-controller-manager"
 ANNOTATIONS_LIMIT = 256 * 1024  # bytes
+CONTROLLER = "kube-controller-manager"
 SAFE_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # what upstream makes names of: no vowels, no words
 
 
@@ -50,22 +50,14 @@ class Kind:
 KINDS = {
     kind.resource: kind
     for kind in (
-        Kind("deployments", "Deployment", "apps",
-             {"": "get list create patch", "scale": "get patch"}),
+        Kind("deployments", "Deployment", "apps", {"": "get list patch", "scale": "get patch"}),
         Kind("replicasets", "ReplicaSet", "apps", {"": "get list"}),
         Kind("pods", "Pod", "", {"": "get list patch delete"}),
         Kind("events", "Event", "", {"": "get list create"}),
     )
 }  # fmt: skip
-KNOWN_PATHS = ("/version", "/api/v1/", "/apis/apps/v1/")
-SCALE = Kind("deployments", "Scale", "autoscaling", {})
-
-REASONS = {
-    400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound",
-    405: "MethodNotAllowed", 408: "Timeout", 409: "Conflict",
-    415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError",
-    503: "ServiceUnavailable", 504: "Timeout",
-}  # fmt: skip
+# Where the reason is not the status' own phrase.
+REASONS = {408: "Timeout", 422: "Invalid", 500: "InternalError", 504: "Timeout"}
 
 
 class ApiError(Exception):
@@ -74,9 +66,10 @@ class ApiError(Exception):
     def __init__(self, code: int, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.code = code
+        reason = reason or REASONS.get(code) or HTTPStatus(code).phrase.replace(" ", "")
         self.status: Object = {
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": message, "reason": reason or REASONS.get(code, "Unknown"), "code": code,
+            "message": message, "reason": reason, "code": code,
         }  # fmt: skip
 
 
@@ -121,16 +114,7 @@ _ROUTE = re.compile(
     r"(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<resource>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<subresource>[^/]+))?)?/?"
 )
-_VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch"}
-
-
-def _verb(method: str, name: str, query: Mapping[str, str]) -> str:
-    if method == "GET":
-        watching = query.get("watch") in ("1", "true")
-        return "watch" if watching else "get" if name else "list"
-    if method == "DELETE":
-        return "delete" if name else "deletecollection"
-    return _VERBS.get(method, method.lower())
+_VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
 def read_request(method: str, target: str, body: Any, user: str, agent: str) -> Request:
@@ -140,8 +124,9 @@ def read_request(method: str, target: str, body: Any, user: str, agent: str) -> 
     match = _ROUTE.fullmatch(url.path)
     found = match.groupdict() if match else {}
     parts = {key: urllib.parse.unquote(value or "") for key, value in found.items()}
-    name = parts.get("name", "")
-    verb = _verb(method, name, query) if match else method.lower()
+    name, verb = parts.get("name", ""), _VERBS.get(method, method)
+    if verb == "get" and not name:
+        verb = "watch" if query.get("watch") in ("1", "true") else "list"
     return Request(
         method, url.path, query, body, user, agent, 0, verb, parts.get("group", ""),
         parts.get("resource", ""), parts.get("subresource", ""), name, parts.get("namespace", ""),
@@ -195,13 +180,8 @@ def _requirement(text: str) -> Callable[[Labels], bool]:
 
 
 def parse_field_selector(text: str) -> Callable[[Object], bool]:
-    tests: list[tuple[str, bool, str]] = []
-    for part in filter(None, text.split(",")):
-        found = re.fullmatch(r"([\w.]+)(==|=|!=)(.*)", part)
-        if not found:
-            raise ApiError(400, f"invalid selector: '{part}'; can't understand '{part}'")
-        tests.append((found[1], found[2] != "!=", found[3]))
-    return lambda obj: all((str(dig(obj, path)) == value) is same for path, same, value in tests)
+    tests = re.findall(r"([\w.]+?)(!?)==?([^,]*)", text)
+    return lambda obj: all((str(dig(obj, at)) != v) is bool(other) for at, other, v in tests)
 
 
 def dig(obj: Object, path: str) -> Any:
@@ -212,9 +192,6 @@ def dig(obj: Object, path: str) -> Any:
 
 
 # --- Patches -------------------------------------------------------------------------------------
-
-
-MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
 
 
 def merge(target: Any, patch: Any) -> Any:
@@ -246,52 +223,39 @@ def json_patch(target: Any, operations: Any) -> Any:
     return result
 
 
-def apply_patch(current: Object, patch: Any, content_type: str) -> Object:
-    """The object with the patch applied, or the error that upstream answers."""
-    if content_type not in MERGE_PATCHES:
-        raise ApiError(415, "415: Unsupported Media Type")
-    if not isinstance(patch, dict):
-        raise ApiError(400, "error decoding patch: json: cannot unmarshal into a map")
-    result: Object = merge(current, patch)
-    return result
-
-
 # --- Field ownership -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Writer:
+class Writer(NamedTuple):
     """Who writes, as managedFields tells it."""
 
     manager: str
     subresource: str = ""
 
 
+_SYSTEM = ("name", "namespace", "uid", "resourceVersion", "managedFields")
 _UNOWNED = {
-    "name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp",
-    "managedFields", "deletionTimestamp", "deletionGracePeriodSeconds", "generateName",
+    *_SYSTEM, "creationTimestamp", "generateName", "deletionTimestamp",
+    "deletionGracePeriodSeconds",
 }  # fmt: skip
 
 
-def _fields(obj: Object) -> dict[FieldPath, Any]:
+def _leaves(value: Any, path: FieldPath = ()) -> dict[FieldPath, Any]:
     """Every leaf of an object by its FieldsV1 path; a list is one leaf, coarser than upstream's."""
-    found: dict[FieldPath, Any] = {}
-
-    def walk(value: Any, path: FieldPath) -> None:
-        if not isinstance(value, dict) or not value or path[-1] == "f:selector":
-            found[path] = value
-            return
-        if path[-1] in ("f:annotations", "f:labels", "f:rollingUpdate"):
-            found[(*path, ".")] = None
-        for key, inner in value.items():
-            walk(inner, (*path, f"f:{key}"))
-
-    for key, value in obj.items():
-        if key == "metadata":
-            value = {k: v for k, v in value.items() if k not in _UNOWNED}
-        if key not in ("apiVersion", "kind") and value:
-            walk(value, (f"f:{key}",))
+    if not isinstance(value, dict) or not value or path[-1:] == ("f:selector",):
+        return {path: value}
+    is_map = path[-1:] in (("f:annotations",), ("f:labels",))
+    found: dict[FieldPath, Any] = {(*path, "."): None} if is_map else {}
+    for key, inner in value.items():
+        found |= _leaves(inner, (*path, f"f:{key}"))
     return found
+
+
+def _owned(obj: Object) -> dict[FieldPath, Any]:
+    """The leaves that somebody can own."""
+    meta = {key: value for key, value in obj["metadata"].items() if key not in _UNOWNED}
+    parts = {**obj, "metadata": meta, "apiVersion": None, "kind": None}
+    return _leaves({key: value for key, value in parts.items() if value})
 
 
 def _encode(paths: Iterable[FieldPath]) -> Object:
@@ -309,41 +273,28 @@ def _decode(tree: Object, path: FieldPath = ()) -> set[FieldPath]:
     return set().union(*(_decode(inner, (*path, key)) for key, inner in tree.items()))
 
 
-def managed_fields(
-    old: Object, new: Object, writer: Writer, api_version: str, now: str
-) -> list[Object]:
+def managed_fields(old: Object, new: Object, writer: Writer, now: str) -> list[Object]:
     """The ownership after a write: who changed a field last has it, and nobody else."""
-    before, after = _fields(old), _fields(new)
+    before, after = _owned(old), _owned(new)
     taken = {p for p, v in after.items() if p not in before or before[p] != v}
     lost = taken | (before.keys() - after.keys())
     entries = []
-    mine: Object = {
-        "manager": writer.manager, "operation": "Update", "apiVersion": api_version, "time": now,
-        "fieldsType": "FieldsV1",
-    }  # fmt: skip
-    for entry in old.get("metadata", {}).get("managedFields", []):
+    for entry in old["metadata"].get("managedFields", []):
         paths = _decode(entry["fieldsV1"])
-        same = (entry["manager"], entry.get("subresource", "")) == (
-            writer.manager, writer.subresource,
-        )  # fmt: skip
-        if same and taken:
+        if taken and (entry["manager"], entry.get("subresource", "")) == writer:
             taken |= paths & after.keys()
         elif paths - lost:
             entries.append({**entry, "fieldsV1": _encode(paths - lost)})
     if taken:
-        mine["fieldsV1"] = _encode(taken)
-        if writer.subresource:
-            mine["subresource"] = writer.subresource
-        entries.append(mine)
+        mine = {
+            "manager": writer.manager, "operation": "Update", "apiVersion": new["apiVersion"],
+            "time": now, "fieldsType": "FieldsV1", "fieldsV1": _encode(taken),
+        }  # fmt: skip
+        entries.append(mine | ({"subresource": writer.subresource} if writer.subresource else {}))
     return sorted(entries, key=lambda e: (e["time"], e["manager"], e.get("subresource", "")))
 
 
-# --- Defaults and validation ---------------------------------------------------------------------
-
-
-def set_defaults(kind: Kind, obj: Object) -> None:
-    if kind.kind == "Deployment":
-        obj.setdefault("spec", {}).setdefault("replicas", 1)
+# --- Validation ----------------------------------------------------------------------------------
 
 
 _DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leading zero
@@ -422,62 +373,44 @@ class Store:
         ]
 
     def create(self, kind: Kind, obj: Object, writer: Writer) -> Object:
-        obj = copy.deepcopy(obj)
-        meta = obj["metadata"]
-        now = stamp(self.clock())
+        obj = {"kind": kind.kind, "apiVersion": kind.api_version, **copy.deepcopy(obj)}
+        meta, now = obj["metadata"], stamp(self.clock())
         meta["uid"] = str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
         meta["creationTimestamp"] = now
-        if kind.resource in ("deployments", "replicasets"):
-            meta["generation"] = 1
-        obj = {"kind": kind.kind, "apiVersion": kind.api_version, **obj}
-        meta["managedFields"] = managed_fields({}, obj, writer, kind.api_version, now)
-        return self._put(kind, obj)
+        nothing: Object = {"metadata": {}}
+        meta["managedFields"] = managed_fields(nothing, obj, writer, now)
+        return self._put(obj)
 
-    def update(self, kind: Kind, old: Object, new: Object, writer: Writer) -> Object:
+    def update(self, old: Object, new: Object, writer: Writer) -> Object:
         """Writes `new` over `old`, or nothing at all where nothing differs."""
         new = copy.deepcopy(new)
         meta = new["metadata"]
-        for system in _UNOWNED - {"deletionTimestamp", "deletionGracePeriodSeconds"}:
-            meta.pop(system, None)
-            if system in old["metadata"]:
-                meta[system] = old["metadata"][system]
-        for empty in ("annotations", "labels"):
-            if not meta.get(empty):
-                meta.pop(empty, None)
+        meta |= {key: old["metadata"][key] for key in _SYSTEM if key in old["metadata"]}
+        if not meta.get("annotations"):
+            meta.pop("annotations", None)
         if new == old:
             return old
-        if writer.subresource != "status" and _bumps_generation(kind, old, new):
-            meta["generation"] = meta.get("generation", 0) + 1
-        now = stamp(self.clock())
-        meta["managedFields"] = managed_fields(old, new, writer, kind.api_version, now)
-        if kind.resource == "deployments":
-            self._note_scale(old, new, writer)
-        return self._put(kind, new)
+        now = self.clock()
+        meta["managedFields"] = managed_fields(old, new, writer, stamp(now))
+        if old["kind"] == "Deployment":
+            before, after = wanted_replicas(old), wanted_replicas(new)
+            if before != after:
+                self.scales.append(Scale(now, writer.manager, before, after))
+        return self._put(new)
 
-    def remove(self, kind: Kind, obj: Object) -> None:
+    def remove(self, obj: Object) -> None:
         self.revision += 1
-        meta = obj["metadata"]
-        self.objects.pop((kind.resource, meta["namespace"], meta["name"]), None)
+        self.objects.pop(_key(obj), None)
 
-    def _put(self, kind: Kind, obj: Object) -> Object:
-        meta = obj["metadata"]
+    def _put(self, obj: Object) -> Object:
         self.revision += 1
-        meta["resourceVersion"] = str(self.revision)
-        self.objects[(kind.resource, meta["namespace"], meta["name"])] = obj
+        obj["metadata"]["resourceVersion"] = str(self.revision)
+        self.objects[_key(obj)] = obj
         return obj
 
-    def _note_scale(self, old: Object, new: Object, writer: Writer) -> None:
-        before, after = wanted_replicas(old), wanted_replicas(new)
-        if before != after:
-            self.scales.append(Scale(self.clock(), writer.manager, before, after))
 
-
-def _bumps_generation(kind: Kind, old: Object, new: Object) -> bool:
-    if kind.resource == "deployments":
-        # Annotations count too: the controller has to copy them to the ReplicaSet.
-        annotations = (obj["metadata"].get("annotations") for obj in (old, new))
-        return old.get("spec") != new.get("spec") or len({json.dumps(a) for a in annotations}) > 1
-    return kind.resource == "replicasets" and old.get("spec") != new.get("spec")
+def _key(obj: Object) -> Key:
+    return f"{obj['kind'].lower()}s", obj["metadata"]["namespace"], obj["metadata"]["name"]
 
 
 def wanted_replicas(obj: Object) -> int:

@@ -43,7 +43,6 @@ class ChaosProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy")
         self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
 
     def __enter__(self) -> ChaosProxy:
         self._thread.start()
@@ -51,7 +50,8 @@ class ChaosProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._do(self._stop())
+        self._do(self._close())
+        self.reset()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -64,7 +64,7 @@ class ChaosProxy:
 
     def reset(self) -> None:
         """RST all connections now; new ones are treated as the mode says."""
-        self._do(self._reset_all())
+        self._do(self._drop())
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -79,36 +79,23 @@ class ChaosProxy:
             self._server.close()
             self._server = None
 
-    async def _reset_all(self) -> None:
-        for writer in self._writers:
-            send_rst(writer)
-
-    async def _stop(self) -> None:
-        await self._close()
-        await self._reset_all()
+    async def _drop(self) -> None:
         for task in (others := asyncio.all_tasks() - {asyncio.current_task()}):
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
         try:
             if self._mode == "reset" and self._after_bytes is None:
                 raise ConnectionResetError
-            await self._connect(reader, writer)
+            answers, there = await asyncio.open_connection(*self._target)
+            try:
+                await asyncio.gather(self._ask(reader, there), self._answer(answers, writer))
+            finally:
+                there.close()
             writer.close()
         except (OSError, asyncio.CancelledError):
             send_rst(writer)
-        self._writers.discard(writer)
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answers, there = await asyncio.open_connection(*self._target)
-        self._writers.add(there)
-        try:
-            await asyncio.gather(self._ask(reader, there), self._answer(answers, writer))
-        finally:
-            there.close()
-            self._writers.discard(there)
 
     async def _ask(self, reader: asyncio.StreamReader, there: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(CHUNK_BYTES):
@@ -120,10 +107,10 @@ class ChaosProxy:
     async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed = 0
         while chunk := await there.read(CHUNK_BYTES):
-            if self._mode == "delay":
-                await asyncio.sleep(self._seconds)
+            await asyncio.sleep(self._seconds if self._mode == "delay" else 0)
             while chunk and self._mode != "swallow":
-                piece = chunk[: self._may_pass(passed)]
+                left = max(0, (self._after_bytes or 0) - passed)
+                piece = chunk[: {"reset": left, "drip": 1}.get(self._mode)]
                 passed += len(piece)
                 self.bytes_answered += len(piece)
                 writer.write(piece)
@@ -133,12 +120,6 @@ class ChaosProxy:
                     raise ConnectionResetError
                 await asyncio.sleep(self._seconds if self._mode == "drip" else 0)
         writer.write_eof()
-
-    def _may_pass(self, passed: int) -> int:
-        """How much of the answer may go through at once, of which so much has passed."""
-        if self._mode == "reset":
-            return max(0, (self._after_bytes or 0) - passed)
-        return 1 if self._mode == "drip" else CHUNK_BYTES
 
 
 def send_rst(writer: asyncio.StreamWriter) -> None:

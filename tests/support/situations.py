@@ -10,7 +10,6 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support.firestore import Fail, FakeFirestore, missing_index
 from tests.support.kubernetes import FakeKubernetes, Match, answer
-from tests.support.kubernetes_objects import merge
 from tests.support.world import BUSY, PROJECT, REPOSITORY, START, Run, World
 
 NAME = "eventstorming-generator"
@@ -34,10 +33,7 @@ class Situation:
 
     def roll_back(self, annotation: str, value: str) -> None:
         """As `kubectl rollout undo` puts an annotation back."""
-        patch = {"metadata": {"annotations": {annotation: value}}}
-        self.world.cluster.edit(
-            "deployments", NAME, lambda d: d.update(merge(d, patch)), manager="kubectl"
-        )
+        self.world.cluster.annotate(NAME, "kubectl", **{annotation: value})
 
     def queue_fails(self, fault: Fail, **settings: str) -> Run:
         self.queue.heal()
@@ -162,10 +158,7 @@ def every_run(directory: Path) -> list[Run]:
     """Lines are JSON, whose `message` is what a line of text says."""
     found: list[Run] = []
     for replicas, situation in SITUATIONS:
-        with (
-            FakeKubernetes(seed=1) as cluster,
-            FakeFirestore(project=PROJECT, other_databases=["other"]) as queue,
-        ):
+        with FakeKubernetes(seed=1) as cluster, FakeFirestore(project=PROJECT) as queue:
             cluster.add_deployment(NAME, replicas=replicas)
             as_json = {"LOG_FORMAT": "json"}
             world = World(cluster, queue.host, NAME, START, as_json, directory)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import scaler
 from tests.support.kubernetes import FakeKubernetes
@@ -119,20 +120,15 @@ class World:
     ) -> tuple[str, str, int]:
         """Standard output and error, and the exit code. Google's client reads this process's own
         environment, which is the run's for its time."""
-        environ, before = {**environ, "TERMINATION_LOG": str(log)}, dict(os.environ)
+        environ = {**environ, "TERMINATION_LOG": str(log)}
 
         def clock() -> datetime:
             return self.now or datetime.now(UTC)
 
         out, err = io.StringIO(), io.StringIO()
-        os.environ.clear()
-        os.environ.update(environ)
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                exit_code = scaler.execute(arguments, environ, clock)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        own = mock.patch.dict(os.environ, environ, clear=True)
+        with own, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            exit_code = scaler.execute(arguments, environ, clock)
         return out.getvalue(), err.getvalue(), exit_code
 
     def pass_time(self, seconds: float = 60) -> None:
