@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support import kubernetes
 from tests.support.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
-from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.kubernetes import Match
 from tests.support.kubernetes_objects import Object
 from tests.support.world import BUSY, START, World
 
@@ -23,10 +22,9 @@ SPEC = {"replicas": 1, "selector": {"matchLabels": {"app": "worker"}}}
 Change = Callable[[Object], object]
 
 
-def edit(cluster: FakeKubernetes, change: Change) -> None:
+def edit(world: World, change: Change) -> None:
     """Change the stored Deployment past everything that an API server checks."""
-    with cluster.store.lock:
-        change(cluster.store.objects[("deployments", "default", "worker")])
+    change(world.cluster.store.objects[("deployments", "default", "worker")])
 
 
 # ------------------------------------------------------------------------------ the Deployment
@@ -41,57 +39,51 @@ ABSENT: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", ABSENT.values(), ids=ABSENT)
 def test_what_a_deployment_lacks_has_its_default(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore, change: Change
+    world: World, queue: FakeFirestore, change: Change
 ) -> None:
     queue.fill(5)
-    edit(cluster, change)
+    edit(world, change)
     run = world.run()
     assert (run.reason, run.record["current"], world.replicas) == ("ScaledUp", 1, 3), run
     assert set(world.annotations) == {"last-scale", "last-scale-time"}
 
 
-def test_other_peoples_huge_annotations_are_left_alone(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
+def test_other_peoples_huge_annotations_are_left_alone(world: World, queue: FakeFirestore) -> None:
     queue.fill(5)
     huge = {"example.com/last-applied": "x" * 200_000, "example.com/note": "ä\n" * 10_000}
-    edit(cluster, lambda d: d["metadata"]["annotations"].update(huge))
+    edit(world, lambda d: d["metadata"]["annotations"].update(huge))
     run = world.run(LOG_LEVEL="DEBUG")
     assert (run.reason, world.replicas) == ("ScaledUp", 3), run
-    assert huge.items() <= cluster.annotations("worker").items()
+    assert huge.items() <= world.cluster.annotations("worker").items()
     assert all(len(line) < 4000 for line in run.stdout.splitlines())
 
 
 def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+    world: World, queue: FakeFirestore
 ) -> None:
     """The API server takes 256 KiB of annotations; a person has to make room."""
     queue.fill(5)
     full = {"example.com/full": "x" * (256 * 1024 - 100)}
-    edit(cluster, lambda d: d["metadata"]["annotations"].update(full))
+    edit(world, lambda d: d["metadata"]["annotations"].update(full))
     run = world.run()
     assert (run.exit_code, world.replicas, run.record["replicas"]) == (2, 1, 1), run
     assert "Too long: may not be more than 262144 bytes" in run.record["message"], run
 
 
-def test_a_long_history_is_read_and_grows_no_longer(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
+def test_a_long_history_is_read_and_grows_no_longer(world: World) -> None:
     now = int(START.timestamp())
     history = " ".join(f"{now - age}:{age % 3 + 1}" for age in range(10_000))
-    cluster.scale("worker", 3)
-    cluster.annotate("worker", **{"queue-scaler/recommendations": history})
+    world.cluster.scale("worker", 3)
+    world.cluster.annotate("worker", **{"queue-scaler/recommendations": history})
     run = world.run()
     assert (run.exit_code, run.reason) == (0, "ScaleDownStabilized"), run
     assert len(world.annotations["recommendations"]) < 4096
 
 
-def test_no_annotation_can_forge_a_line_of_the_log(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
+def test_no_annotation_can_forge_a_line_of_the_log(world: World) -> None:
     forged = "2026-01-01T00:00:00Z INFO AutoScaler default/worker ScaledUp: forged"
     for name in ("last-scale-time", "paused", "recommendations", "paused-replicas"):
-        cluster.annotate("worker", **{f"queue-scaler/{name}": f"x\n{forged}"})
+        world.cluster.annotate("worker", **{f"queue-scaler/{name}": f"x\n{forged}"})
     run = world.run()
     assert not any(line.startswith(forged) for line in run.stdout.splitlines()), run
 
@@ -122,14 +114,14 @@ ODD_DEPLOYMENTS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("raw", ODD_DEPLOYMENTS.values(), ids=ODD_DEPLOYMENTS)
 def test_what_is_no_deployment_is_not_acted_on(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore, raw: bytes
+    world: World, queue: FakeFirestore, raw: bytes
 ) -> None:
     queue.fill(5)
-    cluster.fault(Match("get", "deployments"), kubernetes.body(raw), times=None)
+    world.cluster.fault(Match("get", "deployments"), kubernetes.body(raw), times=None)
     run = world.run(TIMEOUT_SECONDS="1")
     assert (run.exit_code, run.reason) == (1, "ClusterUnavailable"), run
     assert "makes no sense" in run.record["message"], run
-    assert run.record["action"] == "none" and cluster.calls(Match("patch")) == []
+    assert run.record["action"] == "none" and world.cluster.calls(Match("patch")) == []
 
 
 @pytest.mark.parametrize(
@@ -137,9 +129,9 @@ def test_what_is_no_deployment_is_not_acted_on(
 )
 @pytest.mark.parametrize("answer", [CountAs(None), CountAs(-1), EmptyStream()], ids=str)
 def test_a_count_that_is_none_holds_the_replicas(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore, answer: Any, doing: str, nth: int
+    world: World, queue: FakeFirestore, answer: Any, doing: str, nth: int
 ) -> None:
-    cluster.scale("worker", 3)
+    world.cluster.scale("worker", 3)
     queue.fault(On("count", nth), answer)
     run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
     assert (run.exit_code, run.reason, world.replicas) == (1, "QueueUnavailable", 3), run
@@ -158,25 +150,21 @@ def test_a_count_beyond_the_limit_is_that_many_or_more(
 
 # ----------------------------------------------------------------------------------- the clocks
 
-TEN_MINUTES = timedelta(minutes=10)
 
-
-@pytest.mark.parametrize("offset", [TEN_MINUTES, -TEN_MINUTES], ids=["ahead", "behind"])
+@pytest.mark.parametrize("minutes", [10, -10])
 def test_an_api_server_whose_clock_is_off_changes_nothing(
-    queue: FakeFirestore, tmp_path: Path, offset: timedelta
+    world: World, queue: FakeFirestore, minutes: int
 ) -> None:
-    with FakeKubernetes(seed=1, clock=lambda: datetime.now(UTC) + offset) as cluster:
-        cluster.add_deployment("worker", replicas=1)
-        world = World(cluster, queue.host, directory=tmp_path)
-        queue.fill(5)
-        assert [world.run().reason for _ in range(2)] == ["ScaledUp", "AtTarget"]
-        queue.clear()
-        run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0")
-        assert run.reason == "ScaleDownCooldown" and "WARNING" not in run.stdout, run
+    world.cluster.store.clock = lambda: START + timedelta(minutes=minutes)
+    queue.fill(5)
+    assert [world.run().reason for _ in range(2)] == ["ScaledUp", "AtTarget"]
+    queue.clear()
+    run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0")
+    assert run.reason == "ScaleDownCooldown" and "WARNING" not in run.stdout, run
 
 
 def test_a_failing_queue_by_another_clock_is_timed_afresh(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+    world: World, queue: FakeFirestore
 ) -> None:
     queue.fault("count", Fail(StatusCode.UNKNOWN))
     fallback = {"FALLBACK_REPLICAS": "2", "FALLBACK_AFTER_SECONDS": "120"}
