@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support.firestore import Fail, FakeFirestore
-from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.kubernetes import Match
 from tests.support.world import Run, World
 
 HPA = "kube-controller-manager"
@@ -63,32 +62,16 @@ def test_a_persons_kubectl_is_no_master(world: World, queue: FakeFirestore, mana
 
 @pytest.mark.parametrize("scaled_before", [False, True])
 def test_whoever_created_the_deployment_is_no_master(
-    queue: FakeFirestore, scaled_before: bool, tmp_path: Path
+    world: World, queue: FakeFirestore, scaled_before: bool
 ) -> None:
     """Helm and CI write `replicas` once, and own the field until somebody changes it."""
-    with FakeKubernetes() as cluster:
-        world = World(cluster, queue.host, directory=tmp_path)
-        queue.fill(2)
-        cluster.add_deployment("worker", replicas=2, manager="helm")
-        if scaled_before:
-            later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
-            cluster.annotate("worker", **{"queue-scaler/last-scale-time": later})
-        assert warnings(world.run()) == []
-
-
-def test_each_takes_its_turn_and_every_run_after_the_other_says_so(
-    world: World, queue: FakeFirestore
-) -> None:
-    """An HPA that pulls down what the scaler puts up, minute by minute."""
-    queue.fill(5)
-    world.settings = {"SCALE_UP_COOLDOWN_SECONDS": "0"}
-    for said in (False, True, True):
-        run = world.run()
-        assert bool(warnings(run)) is said and world.replicas == 3, run
-        set_replicas(world, 1, HPA)
-        world.pass_time()
-    assert world.run().reason == "ScaledUp"
-    assert warnings(world.run()) == [], "after the scaler's own scale"
+    world.name, world.now = "created", None
+    world.cluster.add_deployment("created", replicas=2, manager="helm")
+    queue.fill(2)
+    if scaled_before:
+        later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+        world.cluster.annotate("created", **{"queue-scaler/last-scale-time": later})
+    assert warnings(world.run()) == []
 
 
 def test_whoever_writes_other_fields_is_no_master(world: World) -> None:
@@ -115,6 +98,7 @@ def test_the_other_one_comes_in_between_reading_and_patching(
     run = world.run()
     assert (run.exit_code, run.reason, run.record["current"]) == (0, "ScaledUp", 2), run
     assert world.replicas == 3 and len(warnings(run)) == 1
+    assert warnings(world.run()) == [], "after the scaler's own scale"
 
 
 @pytest.mark.parametrize("odd", [[], [{"manager": "old", "operation": "Update"}], None], ids=str)
