@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Queue
 from tests.support.firestore import Call, FakeFirestore, On
-from tests.support.kubernetes import FakeKubernetes, Match, body
+from tests.support.kubernetes import FakeKubernetes, Match
 from tests.support.kubernetes_objects import DELETION_COST, Object
 from tests.support.world import BUSY, START, World
 
@@ -31,8 +31,7 @@ EAGER = {
     "SCALE_DOWN_COOLDOWN_SECONDS": "0",
     "SCALE_DOWN_STABILIZATION_SECONDS": "0",
 }
-PATCHED_POD = Match(verb="patch", resource="pods")
-PATCHED_DEPLOYMENT = Match(verb="patch", resource="deployments")
+PATCHED_POD, PATCHED_DEPLOYMENT = Match("patch", "pods"), Match("patch", "deployments")
 SECOND_LOOK = On("query", nth=2)
 
 
@@ -67,8 +66,9 @@ def hold(jobs: Queue, pods: Iterable[str]) -> None:
         jobs.put(f"jobs/of-{pod}", {"status": "processing", "assignedPodId": pod})
 
 
-def finish(jobs: Queue, pod: str) -> None:
-    jobs.put(f"jobs/of-{pod}", {"status": "done", "assignedPodId": pod})
+def finish(jobs: Queue, pods: Iterable[str]) -> None:
+    for pod in pods:
+        jobs.put(f"jobs/of-{pod}", {"status": "done", "assignedPodId": pod})
 
 
 def marks(world: World) -> dict[str, str]:
@@ -115,33 +115,26 @@ def test_a_job_of_a_terminating_pod_holds_nothing_up(world: World, queue: FakeFi
     assert (run.record["busy"], world.replicas) == (0, 1), run
 
 
-def test_pods_that_share_only_a_label_with_the_deployment_are_not_its_pods(
+def test_a_selector_may_have_expressions_of_every_operator(
     world: World, queue: FakeFirestore
 ) -> None:
-    """`matchExpressions` of every operator, beside `matchLabels`."""
     expressions = [
         {"key": "tier", "operator": "In", "values": ["batch", "bulk"]},
         {"key": "tier", "operator": "NotIn", "values": ["web"]},
         {"key": "team", "operator": "Exists"},
         {"key": "legacy", "operator": "DoesNotExist"},
     ]
-    labels = {"app": "worker", "tier": "batch", "team": "a"}
+    selector = {"matchLabels": {"app": "picky"}, "matchExpressions": expressions}
+    labels = {"app": "picky", "tier": "batch", "team": "a"}
+    world.cluster.add_deployment("picky", replicas=4, labels=labels, selector=selector)
     world.name = "picky"
-    world.cluster.add_deployment(
-        "picky",
-        replicas=4,
-        labels=labels,
-        selector={"matchLabels": {"app": "worker"}, "matchExpressions": expressions},
-    )
-    for number, other in enumerate(({"tier": "web"}, {"legacy": "yes"}, {"app": "other"})):
-        world.cluster.add_pod(f"decoy-{number}", {**labels, **other})
-    world.cluster.add_pod("decoy-3", {"app": "worker", "tier": "batch"})
-    world.cluster.add_pod("decoy-4", labels, namespace="other")
     busy = live(world)[:2]
-    hold(queue, [*busy, *(f"decoy-{number}" for number in range(5))])
+    hold(queue, busy)
     run = world.run()
-    assert (run.record["busy"], world.replicas) == (2, 2), run
-    assert sorted(live(world)) == sorted(busy), run
+    assert (run.record["busy"], sorted(live(world))) == (2, sorted(busy)), run
+    [listed] = world.cluster.calls(Match("list", "pods"))
+    expected = "app=picky,tier in (batch,bulk),tier notin (web),team,!legacy"
+    assert listed.query == {"labelSelector": expected}
 
 
 def test_pods_of_others_with_the_same_labels_neither_count_nor_stand_in_the_way(
@@ -218,8 +211,8 @@ def test_marks_are_set_only_where_they_differ(world: World, queue: FakeFirestore
     hold(queue, [marked, unmarked])
     mark(world, [marked, stale], HIGH)
     mark(world, [negative], "-7")
-    world.cluster.hook(PATCHED_DEPLOYMENT, lambda _: costs.update(marks(world)))
     costs: dict[str, str] = {}
+    world.cluster.hook(PATCHED_DEPLOYMENT, lambda _: costs.update(marks(world)))
     run = world.run()
     assert costs == {marked: HIGH, unmarked: HIGH, stale: "0", negative: "0"}, run
     assert {call.name for call in world.cluster.calls(PATCHED_POD)} == {unmarked, stale, negative}
@@ -268,7 +261,7 @@ def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones
     hold(queue, [stays, finishes])
 
     def meanwhile(_: Call) -> None:
-        finish(queue, finishes)
+        finish(queue, [finishes])
         hold(queue, [claims])
 
     queue.hook(SECOND_LOOK, meanwhile)
@@ -302,13 +295,11 @@ def test_a_pod_that_somebody_deletes_meanwhile_is_no_error(
     hold(queue, [busy])
     mark(world, [other], HIGH)  # so that the idle one has to be marked, too
     gone = other if status == "idle" else busy
-
-    def delete(_: object) -> None:
-        path = f"/api/v1/namespaces/default/pods/{gone}"
-        world.cluster.handle("DELETE", path, b"", {"authorization": f"Bearer {token}"})
-
-    token = world.cluster.admin_token
-    world.cluster.hook(replace(PATCHED_POD, name=gone), delete)
+    path = f"/api/v1/namespaces/default/pods/{gone}"
+    login = {"authorization": f"Bearer {world.cluster.admin_token}"}
+    world.cluster.hook(
+        replace(PATCHED_POD, name=gone), lambda _: world.cluster.handle("DELETE", path, b"", login)
+    )
     run = world.run()
     assert 404 in [call.status for call in world.cluster.calls(PATCHED_POD)], run
     assert (run.exit_code, world.replicas) == (0, 1), run
@@ -330,27 +321,15 @@ WEAK: dict[str, Object] = {
 def test_a_busy_pod_that_would_go_before_idle_ones_keeps_them_all(
     world: World, queue: FakeFirestore, state: Object
 ) -> None:
-    busy = live(world)[2]
+    busy, same, lower, *ready = live(world)
     hold(queue, [busy])
     world.cluster.set_pod(busy, **state)
     run = world.run()
     assert (run.reason, world.replicas) == ("WorkersBusy", 5), run
-    world.cluster.set_pod(busy, ready=True, phase="Running", node="node-a")
-    run = world.run()
-    assert live(world) == [busy], run
-
-
-@pytest.mark.parametrize("state", WEAK.values(), ids=WEAK.keys())
-def test_idle_pods_that_stand_no_higher_than_the_busy_one_may_still_go(
-    world: World, queue: FakeFirestore, state: Object
-) -> None:
-    busy, same, lower, *ready = live(world)
-    hold(queue, [busy])
-    for pod in (busy, same):
-        world.cluster.set_pod(pod, **state)
+    world.cluster.set_pod(same, **state)
     world.cluster.set_pod(lower, ready=False, phase="Pending", node="")
     run = world.run()
-    assert sorted(live(world)) == sorted([busy, *ready]), run
+    assert sorted(live(world)) == sorted([busy, *ready]), "those that stand no higher may go"
 
 
 def test_in_the_middle_of_a_rollout_nothing_is_removed_while_a_pod_is_busy(
@@ -361,7 +340,7 @@ def test_in_the_middle_of_a_rollout_nothing_is_removed_while_a_pod_is_busy(
     hold(queue, [busy])
     run = world.run()
     assert (run.reason, world.replicas, len(live(world))) == ("WorkersBusy", 5, 6), run
-    finish(queue, busy)
+    finish(queue, [busy])
     run = world.run()
     assert (run.reason, world.replicas) == ("ScaledDown", 1), run
 
@@ -370,18 +349,12 @@ def test_waiting_and_busy_jobs_are_counted_at_one_moment(
     world: World, queue: FakeFirestore
 ) -> None:
     """Nothing is asked of the API server between the two, and nothing of the queue before it."""
-    asked: list[tuple[str, int]] = []
-
-    def note(what: str, is_busy: bool) -> None:
-        about = On(
-            "count", where=lambda call: any(op == "in" for _, op, _ in call.filters) == is_busy
-        )
-        queue.hook(about, lambda _: asked.append((what, len(world.cluster.requests))))
-
-    note("waiting", False)
-    note("busy", True)
+    counted: list[tuple[object, int]] = []
+    queue.hook(
+        "count", lambda call: counted.append((call.filters[0][2], len(world.cluster.requests)))
+    )
     world.run()
-    assert asked == [("waiting", 2), ("busy", 2)], "after the Deployment and its pods"
+    assert counted == [("waiting", 2), ("processing", 2)], "after the Deployment and its pods"
 
 
 # --- What it costs --------------------------------------------------------------------------------
@@ -392,7 +365,6 @@ def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts_for_thirty_po
 ) -> None:
     world.cluster.scale("worker", 30)
     hold(queue, live(world))
-    world.cluster.requests.clear()
     run = world.run(MAX_REPLICAS="30")
     assert run.reason == "AtTarget", run
     assert asked(world) == ["get deployments", "list pods"]
@@ -420,15 +392,10 @@ def test_a_scale_down_costs_a_call_for_each_mark_and_four_more(
     world: World, queue: FakeFirestore
 ) -> None:
     hold(queue, live(world)[:3])
-    world.cluster.requests.clear()
     run = world.run()
-    assert asked(world) == [
-        "get deployments",
-        "list pods",
-        *["patch pods"] * 3,
-        "patch deployments",
-        "create events",
-    ], run
+    marking = ["patch pods"] * 3
+    scaling = ["patch deployments", "create events"]
+    assert asked(world) == ["get deployments", "list pods", *marking, *scaling], run
     looks = [call.select for call in queue.calls if call.kind == "query"]
     assert looks == [("assignedPodId",)] * 2, "of a job only the field with its pod is read"
 
@@ -439,7 +406,6 @@ def test_two_hundred_pods_are_asked_about_thirty_at_a_time(
     world.cluster.scale("worker", 200)
     busy = live(world)[::3]
     hold(queue, busy)
-    world.cluster.requests.clear()
     run = world.run(MAX_REPLICAS="200")
     assert (run.record["busy"], sorted(live(world))) == (len(busy), sorted(busy)), run
     assert len(asked(world)) == len(busy) + 4 <= 200 + 4
@@ -449,26 +415,29 @@ def test_two_hundred_pods_are_asked_about_thirty_at_a_time(
 # --- Queries, on the fake and on the official emulator --------------------------------------------
 
 
-def test_lists_in_the_busy_filter_share_the_limit_of_thirty(either: tuple[World, Queue]) -> None:
+# A filter, with the rest of a job that is busy by it, and of one that is not.
+FILTERS: dict[str, tuple[list[object], Object, Object]] = {
+    "greater": (["attempt", ">", 0], {"attempt": 1}, {"attempt": 0}),
+    "unequal": (["lane", "!=", "test"], {"lane": "live"}, {"lane": "test"}),
+    "lists": (["lane", "in", [0, 1]], {"lane": 1}, {"lane": 2}),
+}
+
+
+@pytest.mark.parametrize(("condition", "matching", "other"), FILTERS.values(), ids=FILTERS)
+def test_a_busy_filter_may_compare(
+    either: tuple[World, Queue], condition: list[object], matching: Object, other: Object
+) -> None:
+    """With a list of three beside it: lists share the limit of thirty with the pods' names."""
     world, jobs = either
-    world.cluster.scale("worker", 35)
-    busy = live(world)[::6]
-    for number, pod in enumerate(busy):
+    world.cluster.scale("worker", 13)
+    for number, pod in enumerate(live(world)):
         status = ("processing", "retrying", "paused")[number % 3]
-        jobs.put(f"jobs/{pod}", {"status": status, "assignedPodId": pod, "lane": number % 2})
-    lists = [["status", "in", ["processing", "retrying", "paused"]], ["lane", "in", [0, 1]]]
-    run = world.run(MAX_REPLICAS="35", BUSY_FILTER=json.dumps(lists))
+        rest = other if number % 2 else matching
+        jobs.put(f"jobs/{number}", {"status": status, "assignedPodId": pod, **rest})
+    busy = live(world)[::2]
+    lists = [["status", "in", ["processing", "retrying", "paused"]], condition]
+    run = world.run(MAX_REPLICAS="13", BUSY_FILTER=json.dumps(lists))
     assert (run.record["busy"], sorted(live(world))) == (len(busy), sorted(busy)), run
-
-
-@pytest.mark.parametrize("condition", [["attempt", ">", 0], ["lane", "!=", "test"]])
-def test_a_busy_filter_may_compare(either: tuple[World, Queue], condition: list[object]) -> None:
-    world, jobs = either
-    busy, other = live(world)[:2]
-    jobs.put("jobs/1", {"attempt": 1, "lane": "live", "assignedPodId": busy})
-    jobs.put("jobs/2", {"attempt": 0, "lane": "test", "assignedPodId": other})
-    run = world.run(BUSY_FILTER=json.dumps([condition]))
-    assert (run.record["busy"], live(world)) == (1, [busy]), run
 
 
 @pytest.mark.parametrize("name", ["worker.pod", "worker.`pod-name`"])
@@ -491,73 +460,51 @@ def minutes_ago(most: int) -> st.SearchStrategy[object]:
 
 
 COSTS = st.sampled_from([None, None, "0", "-5", "100", HIGH])
-STRONG = {
-    "ready": st.just(True), "phase": st.just("Running"), "node": st.just("node-a"),
-    "annotations": COSTS.map(lambda cost: {DELETION_COST: cost}), "restarts": st.integers(0, 3),
-    "created": minutes_ago(10_000), "ready_since": minutes_ago(5_000),
-}  # fmt: skip
-SOME_WEAK = {
-    **STRONG,
-    "ready": st.sampled_from([True] * 5 + [False]),
-    "phase": st.sampled_from(["Running"] * 8 + ["Pending", "Unknown"]),
-    "node": st.sampled_from(["node-a"] * 4 + ["node-b"] * 3 + [""]),
+PODS = {
+    "ready": st.sampled_from([True] * 9 + [False]),
+    "phase": st.sampled_from(["Running"] * 14 + ["Pending", "Unknown"]),
+    "node": st.sampled_from(["node-a"] * 6 + ["node-b"] * 6 + [""]),
+    "annotations": COSTS.map(lambda cost: {DELETION_COST: cost}),
+    "restarts": st.integers(0, 3),
+    "created": minutes_ago(10_000),
+    "ready_since": minutes_ago(5_000),
 }
 # What a pod does; some change between the two looks at which pods are busy.
 JOBS = st.sampled_from(["idle"] * 6 + ["claims"] + ["busy"] * 6 + ["finishes"])
-PATTERNS = st.one_of(
-    [
-        st.lists(st.tuples(JOBS, st.fixed_dictionaries(state)), min_size=2, max_size=12)
-        for state in (STRONG, SOME_WEAK)
-    ]
-)
+PATTERNS = st.lists(st.tuples(JOBS, st.fixed_dictionaries(PODS)), min_size=2, max_size=12)
 
 
 @pytest.mark.slow
-def test_no_busy_pod_is_killed_over_many_patterns_and_many_are_without_the_marking(
-    queue: FakeFirestore, tmp_path: Path
-) -> None:
-    """Each pattern twice: with the scaler as it is, and with one whose marks go nowhere."""
-    scaled_down = killed_unmarked = 0
+def test_no_busy_pod_is_killed_over_many_patterns(queue: FakeFirestore, tmp_path: Path) -> None:
+    scaled_down = 0
 
-    def removed(
-        pattern: list[tuple[str, Object]], jobs_per_pod: str, seed: int, marks: bool
-    ) -> tuple[list[str], str]:
-        """What the pods were doing that one run removes, and the run."""
+    @hypothesis_settings(
+        max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    @given(PATTERNS, st.sampled_from(["1", "2", "10"]), st.integers(0, 99))
+    def scale_down(pattern: list[tuple[str, Object]], jobs_per_pod: str, seed: int) -> None:
+        nonlocal scaled_down
         queue.clear()
         queue.heal()
         with FakeKubernetes(seed=seed, clock=lambda: START) as cluster:
             cluster.add_deployment("worker", replicas=len(pattern))
             more = {"MAX_REPLICAS": "12", "JOBS_PER_POD": jobs_per_pod}
             world = World(cluster, queue.host, "worker", START, {**EAGER, **more}, tmp_path)
-            doing = dict(zip(live(world), [job for job, _ in pattern], strict=True))
-            for pod, (_, state) in zip(doing, pattern, strict=True):
+            pods: dict[str, list[str]] = {"busy": [], "claims": [], "finishes": [], "idle": []}
+            for pod, (job, state) in zip(live(world), pattern, strict=True):
+                pods[job].append(pod)
                 cluster.set_pod(pod, **state)
-            hold(queue, [pod for pod, job in doing.items() if job in ("busy", "finishes")])
+            hold(queue, pods["busy"] + pods["finishes"])
 
             def meanwhile(_: Call) -> None:
-                hold(queue, [pod for pod, job in doing.items() if job == "claims"])
-                for pod in [pod for pod, job in doing.items() if job == "finishes"]:
-                    finish(queue, pod)
+                hold(queue, pods["claims"])
+                finish(queue, pods["finishes"])
 
             queue.hook(SECOND_LOOK, meanwhile)
-            if not marks:
-                cluster.fault(PATCHED_POD, body(b"{}", applied=False), times=None)
             run = world.run()
-            assert not marks or len(cluster.requests) <= len(pattern) + 4, run
-            return [doing[pod] for pod in cluster.deleted_pods], str(run)
+            assert len(cluster.requests) <= len(pattern) + 4, run
+            assert not {*pods["busy"], *pods["claims"]} & set(cluster.deleted_pods), run
+            scaled_down += bool(cluster.deleted_pods)
 
-    @hypothesis_settings(
-        max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-    )
-    @given(PATTERNS, st.sampled_from(["1", "2", "10"]), st.integers(0, 99))
-    def try_both(pattern: list[tuple[str, Object]], jobs_per_pod: str, seed: int) -> None:
-        nonlocal scaled_down, killed_unmarked
-        gone, run = removed(pattern, jobs_per_pod, seed, marks=True)
-        assert {"busy", "claims"}.isdisjoint(gone), run
-        scaled_down += bool(gone)
-        gone, _ = removed(pattern, jobs_per_pod, seed, marks=False)
-        killed_unmarked += not {"busy", "claims"}.isdisjoint(gone)
-
-    try_both()
+    scale_down()
     assert scaled_down > 20, "or it proves little"
-    assert killed_unmarked > 0, "or it proves nothing"

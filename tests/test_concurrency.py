@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import Counter
@@ -38,56 +39,36 @@ def run_together(world: World, **settings: str) -> list[Run]:
     return runs
 
 
-def refused(world: World) -> int:
-    """How many patches were conflicts so far."""
-    return sum(call.status == 409 for call in world.cluster.calls(PATCH))
+ONE_STEP = {"SCALE_UP_STEP": "1", "MAX_REPLICAS": "9"}
+SCALES: dict[str, tuple[int, int, int, dict[str, str]]] = {
+    "up": (1, 3, 3, {}),
+    "down": (3, 0, 1, {}),
+    "down past a busy pod": (3, 0, 1, {"BUSY_FILTER": BUSY}),
+    "by one step, as the cooldown holds all but the first back": (1, 9, 2, ONE_STEP),
+}
 
 
-def check(world: World, runs: list[Run], before: int, after: int) -> None:
-    """Nobody failed, one of them scaled, and every record says what its own run did."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "jobs", "after", "settings"), SCALES.values(), ids=SCALES)
+def test_runs_at_once_scale_once(
+    world: World, queue: FakeFirestore, before: int, jobs: int, after: int, settings: dict[str, str]
+) -> None:
+    world.cluster.scale("worker", before)
+    busy = str(world.cluster.pods("worker")[0]["metadata"]["name"])
+    queue.put("jobs/busy", {"status": "processing", "assignedPodId": busy})
+    queue.fill(jobs)
+    world.cluster.scales.clear()
+    runs = run_together(world, SCALE_DOWN_STABILIZATION_SECONDS="0", **settings)
     assert [run.exit_code for run in runs] == [0] * PROCESSES, "\n".join(map(str, runs))
-    new = world.cluster.scales[-1:]
-    assert [(scale.before, scale.after) for scale in new] == [(before, after)]
+    assert [(scale.before, scale.after) for scale in world.cluster.scales] == [(before, after)]
     reasons = Counter(run.reason for run in runs)
     assert reasons["ScaledUp" if after > before else "ScaledDown"] == 1, reasons
     assert Counter(run.record["action"] for run in runs)["none"] == PROCESSES - 1
     assert {run.record["replicas"] for run in runs} == {after}, reasons
-    assert world.replicas == after
-
-
-@pytest.mark.slow
-def test_runs_at_once_scale_once_each_time_the_queue_changes(
-    world: World, queue: FakeFirestore
-) -> None:
-    size = 1
-    for turn, jobs in enumerate((3, 0), start=1):
-        queue.clear()
-        queue.fill(jobs)
-        runs = run_together(world, SCALE_DOWN_STABILIZATION_SECONDS="0")
-        check(world, runs, size, size := max(1, jobs))
-        assert len(world.cluster.scales) == len(world.cluster.events()) == turn
-        assert refused(world) == turn * (PROCESSES - 1), "all others met the winner's version"
-        world.pass_time(300)
-
-
-@pytest.mark.slow
-def test_runs_at_once_take_one_step_where_a_scale_is_one_step(
-    world: World, queue: FakeFirestore
-) -> None:
-    """Each of them alone would add one pod more: the cooldown holds all but the first back."""
-    queue.fill(9)
-    runs = run_together(world, SCALE_UP_STEP="1", MAX_REPLICAS="9")
-    check(world, runs, 1, 2)
-
-
-@pytest.mark.slow
-def test_runs_at_once_spare_the_busy_pods(world: World, queue: FakeFirestore) -> None:
-    world.cluster.scale("worker", 3)
-    busy = str(world.cluster.pods("worker")[0]["metadata"]["name"])
-    queue.put("jobs/busy", {"status": "processing", "assignedPodId": busy})
-    runs = run_together(world, BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
-    check(world, runs, 3, 1)
-    assert busy not in world.cluster.deleted_pods
+    assert len(world.cluster.events()) == 1 and world.replicas == after
+    refused = [call for call in world.cluster.calls(PATCH) if call.status == 409]
+    assert len(refused) == PROCESSES - 1, "all others met the winner's version"
+    assert "BUSY_FILTER" not in settings or busy not in world.cluster.deleted_pods
 
 
 @pytest.mark.slow
@@ -103,20 +84,19 @@ def test_runs_at_once_write_a_failing_queue_down_once(world: World, queue: FakeF
     assert len(applied) == 2, "one for the time, one for the scale"
 
 
-@pytest.mark.parametrize("others", [1, 5])
 def test_every_writer_in_between_is_a_conflict_and_the_decision_is_made_afresh(
-    world: World, queue: FakeFirestore, others: int
+    world: World, queue: FakeFirestore
 ) -> None:
     """The controllers' status writes, which come between the read and the patch."""
     queue.fill(5)
-    numbers = iter(range(others))
+    numbers = itertools.count()
 
     def write(_: Request) -> None:
-        world.cluster.annotate("worker", **{"example.com/note": str(next(numbers))})
+        world.cluster.annotate("worker", note=str(next(numbers)))
 
     world.process = False
-    world.cluster.hook(PATCH, write, times=others)
+    world.cluster.hook(PATCH, write, times=2)
     run = world.run()
     assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
-    assert [call.status for call in world.cluster.calls(PATCH)] == [409] * others + [200]
-    assert len(world.cluster.calls(READ)) == others + 1
+    assert [call.status for call in world.cluster.calls(PATCH)] == [409, 409, 200]
+    assert len(world.cluster.calls(READ)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import threading
@@ -13,7 +14,7 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 
 from scaler import ANNOTATION
 from tests.support.firestore import Fail, FakeFirestore, Hang
-from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.kubernetes import Match
 from tests.support.world import Run, World
 
 READ = Match("get", "deployments")
@@ -32,20 +33,11 @@ def lines(run: Run) -> list[str]:
 
 def before_look(world: World, number: int, act: Callable[[], object]) -> None:
     """Do something just before a look, counted from 1, reads the Deployment."""
-    looks = 0
-
-    def count(_: object) -> None:
-        nonlocal looks
-        looks += 1
-        if looks == number:
-            act()
-
-    world.cluster.hook(READ, count, times=None)
+    looks = itertools.count(1)
+    world.cluster.hook(READ, lambda _: next(looks) == number and act(), times=None)
 
 
-def test_looks_are_due_at_fixed_times_and_a_quiet_run_has_one_line(
-    polling: World, queue: FakeFirestore
-) -> None:
+def test_looks_are_due_at_fixed_times_and_a_quiet_run_has_one_line(polling: World) -> None:
     due: list[float] = []
     polling.cluster.hook(READ, lambda _: due.append(time.monotonic()), times=None)
     run = polling.run()
@@ -56,7 +48,7 @@ def test_looks_are_due_at_fixed_times_and_a_quiet_run_has_one_line(
     assert len(polling.cluster.requests) == 3, "at rest, one call a look"
 
 
-def test_without_an_interval_a_run_is_one_look(world: World, queue: FakeFirestore) -> None:
+def test_without_an_interval_a_run_is_one_look(world: World) -> None:
     run = world.run()
     assert "looks" not in run.record and len(world.cluster.requests) == 1
 
@@ -86,7 +78,7 @@ def test_a_failure_and_a_recovery_are_told_and_the_exit_code_is_the_last_looks(
     assert polling.replicas == 3
 
 
-def test_a_persons_annotation_counts_at_the_next_look(polling: World, queue: FakeFirestore) -> None:
+def test_a_persons_annotation_counts_at_the_next_look(polling: World) -> None:
     order = {ANNOTATION + "paused-replicas": "7"}
     before_look(polling, 2, lambda: polling.cluster.annotate("worker", **order))
     run = polling.run()
@@ -118,17 +110,14 @@ def test_a_queue_that_hangs_costs_one_look(polling: World, queue: FakeFirestore)
 
 
 @pytest.mark.slow
-def test_two_polling_runs_at_once_scale_once(
-    polling: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
+def test_two_polling_runs_at_once_scale_once(polling: World, queue: FakeFirestore) -> None:
     queue.fill(3)
     logs = [polling.directory / f"log-{number}" for number in range(2)]
     runs = [polling.start(log=log) for log in logs]
-    assert [run.wait(30) for run in runs] == [0, 0]
-    assert [scale.after for scale in cluster.scales] == [3]
     for log, run in zip(logs, runs, strict=True):
-        assert json.loads(log.read_text())["looks"] >= 2
-        run.communicate()
+        run.communicate(timeout=30)
+        assert run.returncode == 0 and json.loads(log.read_text())["looks"] >= 2
+    assert [scale.after for scale in polling.cluster.scales] == [3]
 
 
 @pytest.mark.slow

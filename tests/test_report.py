@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import Match, answer
 from tests.support.world import World
 
@@ -28,7 +27,7 @@ def test_the_default_is_written_only_where_it_exists(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_a_record_that_cannot_be_written_is_a_warning(world: World, queue: FakeFirestore) -> None:
+def test_a_record_that_cannot_be_written_is_a_warning(world: World) -> None:
     process = world.start(log=world.directory)
     stdout, _ = process.communicate()
     assert process.returncode == 0
@@ -47,9 +46,7 @@ def test_a_record_always_fits_what_the_kubelet_keeps(value: str, world: World) -
     assert (world.directory / "termination-log").stat().st_size < 4096
 
 
-def test_the_message_of_a_record_gives_way_where_it_is_too_long(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_the_message_of_a_record_gives_way_where_it_is_too_long(world: World) -> None:
     world.cluster.fault(Match("get"), answer(403, message="한글" * 4_000))
     run = world.run()
     assert (run.exit_code, run.reason) == (2, "Forbidden"), run

@@ -22,7 +22,7 @@ def undo(world: World, **annotations: str) -> None:
     )
 
 
-def test_an_order_that_came_back_is_not_carried_out(world: World, queue: FakeFirestore) -> None:
+def test_an_order_that_came_back_is_not_carried_out(world: World) -> None:
     world.cluster.scale("worker", 3)
     undo(world, paused_replicas="0")
     for _ in range(2):
@@ -36,9 +36,7 @@ def test_an_order_that_came_back_is_not_carried_out(world: World, queue: FakeFir
 
 
 @pytest.mark.parametrize("name", ["paused", "paused_scale_in"])
-def test_a_pause_that_came_back_stays_a_pause(
-    name: str, world: World, queue: FakeFirestore
-) -> None:
+def test_a_pause_that_came_back_stays_a_pause(name: str, world: World) -> None:
     world.cluster.scale("worker", 3)
     undo(world, **{name: "true"})
     run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0")
@@ -55,7 +53,7 @@ def test_an_end_that_came_back_ends_nothing(world: World, queue: FakeFirestore) 
     assert "paused-until='2025-12-31T00:00:00Z': came back" in run.stdout, run
 
 
-def test_a_history_that_came_back_starts_afresh(world: World, queue: FakeFirestore) -> None:
+def test_a_history_that_came_back_starts_afresh(world: World) -> None:
     world.cluster.scale("worker", 3)
     undo(world, recommendations="1767225480:1 1767225540:1")
     run = world.run()
@@ -72,16 +70,12 @@ def owner(manager: str, *names: str, **more: str) -> dict[str, object]:
 
 
 UNDONE = owner("kubectl", "paused-scale-in", "paused-scale-out", "last-scale-time")
+ANNOTATED = owner("kubectl-annotate", "paused-scale-in")
+APPLIED = owner("ci", "paused-scale-in", operation="Apply")
 OWNERS: dict[str, tuple[list[dict[str, object]], set[str]]] = {
     "the rollback alone": ([UNDONE], {"paused-scale-in", "paused-scale-out"}),
-    "a person's annotate, too": (
-        [UNDONE, owner("kubectl-annotate", "paused-scale-in")],
-        {"paused-scale-out"},
-    ),
-    "an Apply, too": (
-        [UNDONE, owner("ci", "paused-scale-out", operation="Apply")],
-        {"paused-scale-in"},
-    ),
+    "a person's annotate, too": ([UNDONE, ANNOTATED], {"paused-scale-out"}),
+    "an Apply, too": ([UNDONE, APPLIED], {"paused-scale-out"}),
     "an Apply of kubectl": ([owner("kubectl", "paused-scale-in", operation="Apply")], set()),
     "a subresource": ([owner("kubectl", "paused-scale-in", subresource="scale")], set()),
     "nobody's fields": ([{"manager": "old"}], set()),
@@ -90,13 +84,12 @@ OWNERS: dict[str, tuple[list[dict[str, object]], set[str]]] = {
 
 @pytest.mark.parametrize(("owners", "came_back"), OWNERS.values(), ids=OWNERS)
 def test_whoever_owns_an_annotation_beside_the_rollback_has_set_it(
-    owners: list[dict[str, object]], came_back: set[str], world: World, queue: FakeFirestore
+    owners: list[dict[str, object]], came_back: set[str], world: World
 ) -> None:
     both = {ANNOTATION + name: "true" for name in ("paused-scale-in", "paused-scale-out")}
     world.cluster.annotate("worker", **both)
-    with world.cluster.store.lock:
-        stored = world.cluster.store.objects[("deployments", "default", "worker")]
-        stored["metadata"]["managedFields"] = owners
+    stored = world.cluster.store.objects[("deployments", "default", "worker")]
+    stored["metadata"]["managedFields"] = owners
     run = world.run()
     said = set(re.findall(r"queue-scaler/(\S+)='true':? came back", run.stdout))
     assert run.exit_code == 0 and said == came_back, run

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support.firestore import Fail, FakeFirestore
-from tests.support.kubernetes import FakeKubernetes, Match
-from tests.support.kubernetes_objects import Object
+from tests.support.kubernetes import Match
 from tests.support.world import Run, World
 
 HPA = "kube-controller-manager"
@@ -21,11 +19,14 @@ def warnings(run: Run) -> list[str]:
     return [line for line in run.stdout.splitlines() if "two masters" in line]
 
 
-def set_replicas(cluster: FakeKubernetes, replicas: int, manager: str, subresource: str) -> None:
-    def change(deployment: Object) -> None:
-        deployment["spec"]["replicas"] = replicas
-
-    cluster.edit("deployments", "worker", change, manager=manager, subresource=subresource)
+def set_replicas(world: World, replicas: int, manager: str, subresource: str = "scale") -> None:
+    world.cluster.edit(
+        "deployments",
+        "worker",
+        lambda d: d["spec"].update(replicas=replicas),
+        manager=manager,
+        subresource=subresource,
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,106 +40,70 @@ def set_replicas(cluster: FakeKubernetes, replicas: int, manager: str, subresour
     ],
 )
 def test_another_master_is_noticed_and_named(
-    world: World,
-    cluster: FakeKubernetes,
-    queue: FakeFirestore,
-    manager: str,
-    subresource: str,
-    named: str,
+    world: World, queue: FakeFirestore, manager: str, subresource: str, named: str
 ) -> None:
     queue.fill(3)
     assert world.run().reason == "ScaledUp"
-    set_replicas(cluster, 2, manager, subresource)
+    set_replicas(world, 2, manager, subresource)
     run = world.run()
     assert run.exit_code == 0 and run.reason == "ScaleUpCooldown", run
     assert len(warnings(run)) == 1 and named in warnings(run)[0], run
     assert " WARNING AutoScaler " in warnings(run)[0]
 
 
-@pytest.mark.parametrize(
-    "manager",
-    ["kubectl", "kubectl-edit", "kubectl-scale", "kubectl-client-side-apply", "kubectl-patch"],
-)
-def test_a_persons_kubectl_is_no_master(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore, manager: str
-) -> None:
+@pytest.mark.parametrize("manager", ["kubectl", "kubectl-edit", "kubectl-scale", "kubectl-patch"])
+def test_a_persons_kubectl_is_no_master(world: World, queue: FakeFirestore, manager: str) -> None:
     queue.fill(2)
     for subresource in ("", "scale"):
-        set_replicas(cluster, 1, "kubectl", "")
-        set_replicas(cluster, 2, manager, subresource)
+        set_replicas(world, 1, "kubectl", "")
+        set_replicas(world, 2, manager, subresource)
         assert warnings(world.run()) == []
 
 
 @pytest.mark.parametrize("scaled_before", [False, True])
 def test_whoever_created_the_deployment_is_no_master(
-    queue: FakeFirestore, scaled_before: bool, tmp_path: Path
+    world: World, queue: FakeFirestore, scaled_before: bool
 ) -> None:
     """Helm and CI write `replicas` once, and own the field until somebody changes it."""
-    with FakeKubernetes() as cluster:
-        world = World(cluster, queue.host, directory=tmp_path)
-        queue.fill(2)
-        cluster.add_deployment("worker", replicas=2, manager="helm")
-        if scaled_before:
-            later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
-            cluster.annotate("worker", **{"queue-scaler/last-scale-time": later})
-        assert warnings(world.run()) == []
+    world.name, world.now = "created", None
+    world.cluster.add_deployment("created", replicas=2, manager="helm")
+    queue.fill(2)
+    if scaled_before:
+        later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+        world.cluster.annotate("created", **{"queue-scaler/last-scale-time": later})
+    assert warnings(world.run()) == []
 
 
-def test_each_takes_its_turn_and_every_run_after_the_other_says_so(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
-    """An HPA that pulls down what the scaler puts up, minute by minute."""
-    queue.fill(5)
-    said = []
-    for _ in range(3):
-        said.append(bool(warnings(world.run(SCALE_UP_COOLDOWN_SECONDS="0"))))
-        assert world.replicas == 3
-        set_replicas(cluster, 1, HPA, "scale")
-        world.pass_time()
-    assert said == [False, True, True]
-    assert world.run(SCALE_UP_COOLDOWN_SECONDS="0").reason == "ScaledUp"
-    assert warnings(world.run()) == [], "after the scaler's own scale"
-
-
-def test_whoever_writes_other_fields_is_no_master(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
-    queue.fill(1)
-    paused, owner = {"paused": True}, {"example.com/owner": "a team"}
-    cluster.edit("deployments", "worker", lambda d: d["spec"].update(paused), manager="rancher")
-    cluster.annotate("worker", **owner)
+def test_whoever_writes_other_fields_is_no_master(world: World) -> None:
+    paused = {"paused": True}
+    world.cluster.edit("deployments", "worker", lambda d: d["spec"].update(paused), manager="other")
     assert warnings(world.run()) == []
 
 
 def test_the_other_one_is_named_even_where_the_queue_cannot_be_read(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+    world: World, queue: FakeFirestore
 ) -> None:
     queue.fault("count", Fail(StatusCode.UNKNOWN))
-    set_replicas(cluster, 2, HPA, "scale")
+    set_replicas(world, 2, HPA)
     run = world.run()
     assert run.exit_code == 1 and len(warnings(run)) == 1, run
 
 
 def test_the_other_one_comes_in_between_reading_and_patching(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
+    world: World, queue: FakeFirestore
 ) -> None:
     """Its write is a conflict, and the decision is made again on what it left."""
     queue.fill(5)
-    patch = Match("patch", "deployments")
-    cluster.hook(patch, lambda _: set_replicas(cluster, 2, HPA, "scale"))
+    world.cluster.hook(Match("patch", "deployments"), lambda _: set_replicas(world, 2, HPA))
     run = world.run()
     assert (run.exit_code, run.reason, run.record["current"]) == (0, "ScaledUp", 2), run
-    assert world.replicas == 3
-    assert len(warnings(run)) == 1
+    assert world.replicas == 3 and len(warnings(run)) == 1
+    assert warnings(world.run()) == [], "after the scaler's own scale"
 
 
-def test_a_deployment_whose_fields_nobody_manages_is_fine(
-    world: World, cluster: FakeKubernetes, queue: FakeFirestore
-) -> None:
-    queue.fill(1)
-    for odd in ([], [{"manager": "old", "operation": "Update"}], None):
-        with cluster.store.lock:
-            stored = cluster.store.objects[("deployments", "default", "worker")]
-            stored["metadata"]["managedFields"] = odd
-        run = world.run()
-        assert run.exit_code == 0 and warnings(run) == [], run
+@pytest.mark.parametrize("odd", [[], [{"manager": "old", "operation": "Update"}], None], ids=str)
+def test_a_deployment_whose_fields_nobody_manages_is_fine(world: World, odd: object) -> None:
+    stored = world.cluster.store.objects[("deployments", "default", "worker")]
+    stored["metadata"]["managedFields"] = odd
+    run = world.run()
+    assert run.exit_code == 0 and warnings(run) == [], run
