@@ -7,8 +7,7 @@ import json
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,9 +65,10 @@ def test_the_alerts_look_at_what_the_manifests_make() -> None:
             assert re.fullmatch(pattern, name)
 
 
-def test_the_operator_gets_the_same_rules(tmp_path: Path) -> None:
-    [call] = run_page(blocks("bash", "PrometheusRule"), "kubectl", tmp_path)
-    applied = yaml.safe_load(call["stdin"])
+def test_the_operator_gets_the_same_rules() -> None:
+    """What the page's command pipes into kubectl, which here only shows it."""
+    pasted = "kubectl() { [ \"$*\" = 'apply -f -' ] && cat; }\n" + blocks("bash", "PrometheusRule")
+    applied = yaml.safe_load(subprocess.check_output(["bash", "-c", pasted], cwd=REPOSITORY))
     assert (applied["kind"], applied["spec"]) == ("PrometheusRule", load(ALERTS))
 
 
@@ -78,64 +78,18 @@ def load(path: Path) -> Object:
 
 # --- The page's gcloud commands ------------------------------------------------------------------
 
-RECORDER = f"""#!{sys.executable}
-import json, pathlib, sys
-call = {{"arguments": sys.argv[1:], "stdin": sys.stdin.read()}}
-with pathlib.Path(sys.argv[0]).with_suffix(".calls").open("a") as calls:
-    print(json.dumps(call), file=calls)
-print("projects/my-project/notificationChannels/1")
-"""
-
-
-def run_page(commands: str, tool: str, directory: Path) -> list[Object]:
-    """Run commands of the page with a tool that only notes how it was called."""
-    recorder = directory / tool
-    recorder.write_text(RECORDER)
-    recorder.chmod(0o755)
-    path = f"{directory}:{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", "-eu", "-c", commands], cwd=REPOSITORY, env={"PATH": path}, check=True,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    return [json.loads(call) for call in recorder.with_suffix(".calls").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
-    return run_page(blocks("bash", "gcloud"), "gcloud", tmp_path_factory.mktemp("gcloud"))
-
-
-@pytest.fixture(scope="module")
-def metrics(calls: list[Object]) -> dict[str, Object]:
-    """The metrics of the page, by name."""
-    return {
-        call["arguments"][3]: yaml.safe_load(call["stdin"])
-        for call in calls
-        if call["arguments"][:3] == ["logging", "metrics", "create"]
-    }
-
-
-@pytest.fixture(scope="module")
-def conditions(calls: list[Object]) -> dict[str, Object]:
-    """The conditions of the page's policies, by name."""
-    policies = [
-        yaml.safe_load(call["stdin"])
-        for call in calls
-        if call["arguments"][:3] == ["monitoring", "policies", "create"]
-    ]
-    return {
-        condition.pop("displayName"): condition
-        for policy in policies
-        for condition in policy["conditions"]
-    }
-
-
-def test_the_policies_notify_the_channel(calls: list[Object]) -> None:
-    policies = [call["arguments"] for call in calls if "policies" in call["arguments"]]
-    assert len(policies) == 2
-    for arguments in policies:
-        channel = "projects/my-project/notificationChannels/1"
-        assert f"--notification-channels={channel}" in arguments
+COMMANDS = re.findall(r"^(gcloud [^\n]+)=- <<'EOF'\n(.*?)^EOF$", PAGE, re.M | re.S)
+METRICS: dict[str, Object] = {
+    command.split()[4]: yaml.safe_load(body)
+    for command, body in COMMANDS
+    if command.startswith("gcloud logging metrics create ")
+}
+CONDITIONS: dict[str, Object] = {
+    condition["displayName"]: condition
+    for command, body in COMMANDS
+    if command.startswith('gcloud monitoring policies create --notification-channels="$CHANNEL" ')
+    for condition in yaml.safe_load(body)["conditions"]
+}
 
 
 class TakesAnything(FakeKubernetes):
@@ -153,9 +107,7 @@ class TakesAnything(FakeKubernetes):
 
 
 @pytest.mark.slow
-def test_gcloud_takes_the_commands(
-    metrics: Mapping[str, Object], conditions: Mapping[str, Object], tmp_path: Path
-) -> None:
+def test_gcloud_takes_the_commands(tmp_path: Path) -> None:
     """The real one, which knows the fields of the APIs, with a server that takes anything."""
     gcloud, commands = need("gcloud"), blocks("bash", "gcloud")
     old = subprocess.run([gcloud, "monitoring", "policies", "--help"], capture_output=True)
@@ -168,7 +120,6 @@ def test_gcloud_takes_the_commands(
             "CLOUDSDK_CONFIG": str(tmp_path),
             "CLOUDSDK_CORE_PROJECT": "my-project",
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
-            "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_LOGGING": f"{api.url}/",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_MONITORING": f"{api.url}/",
@@ -176,10 +127,12 @@ def test_gcloud_takes_the_commands(
         command = ["bash", "-eu", "-c", commands]
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sent = [*(body for body in api.bodies if "metricDescriptor" in body)]
-    assert sent == [{**metric, "name": name} for name, metric in metrics.items()]
-    sent = [condition for body in api.bodies for condition in body.get("conditions", [])]
-    assert sent == [{"displayName": name, **each} for name, each in conditions.items()]
+    metrics = [body for body in api.bodies if "metricDescriptor" in body]
+    assert metrics == [{**metric, "name": name} for name, metric in METRICS.items()]
+    policies = [body for body in api.bodies if "conditions" in body]
+    assert [one for each in policies for one in each["conditions"]] == [*CONDITIONS.values()]
+    channels = ["projects/my-project/notificationChannels/1"]
+    assert [each["notificationChannels"] for each in policies] == [channels] * 2
 
 
 # --- The filters against the script's lines ------------------------------------------------------
@@ -203,31 +156,31 @@ def meets(entry: Entry, term: str) -> bool:
     found = re.fullmatch(r'([\w.]+)(=~|>=|=)([\w."^\[\]-]+|\("[\w-]+"(?: OR "[\w-]+")*\))', term)
     assert found, f"this is not in the subset: {term}"
     path, operator, given = found.groups()
-    there = at(path, entry)
+    there, wanted = at(path, entry), re.sub('[()"]', "", given).split(" OR ")
     if there is None:
         return False
-    wanted = [value.strip('"') for value in given.strip("()").split(" OR ")]
     if operator == "=~":
         return re.search(wanted[0], there) is not None
     if operator == "=":
         return str(there).lower() in map(str.lower, wanted)
-    if path == "severity":
-        return SEVERITIES.index(there) >= SEVERITIES.index(wanted[0])
-    return float(there) >= float(wanted[0])
+    rank: Callable[[Any], float] = SEVERITIES.index if path == "severity" else float
+    return rank(there) >= rank(wanted[0])
 
 
-def at(path: str, entry: Entry) -> Any:
-    there: Any = entry
+def at(path: str, there: Any) -> Any:
     for key in path.split("."):
         there = there.get(key) if isinstance(there, Mapping) else None
     return there
 
 
+def extracted(extractor: str, entry: Entry) -> Any:
+    return at(extractor.removeprefix("EXTRACT(").removesuffix(")"), entry)
+
+
 def entries(run: Run) -> list[Object]:
     """The lines of a run as GKE's logging agent hands them on: `severity` and `time` become the
     entry's own, and where only `message` is left, it becomes text."""
-    name = container()["name"]
-    labels = {"container_name": name, "namespace_name": "default", "pod_name": "q-1-x"}
+    labels = {"container_name": container()["name"]}
     found = []
     for line in run.stdout.splitlines():
         payload = json.loads(line)
@@ -241,53 +194,30 @@ def entries(run: Run) -> list[Object]:
     return found
 
 
-@pytest.fixture(scope="module")
-def table() -> dict[str, set[str]]:
-    """The page's last table: each reason with its conditions."""
-    rows = re.findall(r"^\| (`[A-Z]\w+`.*?) \|(.*?)\|", PAGE[PAGE.index("### Each reason") :], re.M)
-    return {
+def fired(entry: Entry) -> set[str]:
+    """The conditions that a log entry counts for."""
+    return {name for name, condition in CONDITIONS.items() if counts_for(condition, entry)}
+
+
+def counts_for(condition: Object, entry: Entry) -> bool:
+    """By itself, or by the reason that the metric takes from it."""
+    if by_itself := condition.get("conditionMatchedLog"):
+        return matches(by_itself["filter"], entry)
+    series = (condition.get("conditionThreshold") or condition["conditionAbsent"])["filter"]
+    [name] = re.findall(r'metric\.type="logging\.googleapis\.com/user/(\w+)"', series)
+    reasons = re.findall(r'"(\w+)"', series.partition("metric.labels.reason=one_of")[2])
+    assert set(reasons) <= set(get_args(scaler.Reason)), reasons
+    reason = extracted(METRICS[name]["labelExtractors"]["reason"], entry)
+    return reason in reasons and matches(METRICS[name]["filter"], entry)
+
+
+def test_each_reason_is_watched_as_the_page_says(runs: list[Run]) -> None:
+    rows = re.findall(r"^\| (`[A-Z].*?) \|(.*?)\|", PAGE.partition("### Each reason")[2], re.M)
+    table = {
         reason: set(re.findall(r"`(\w+)`", watched))
         for reasons, watched in rows
         for reason in re.findall(r"`(\w+)`", reasons)
     }
-
-
-def fired(
-    entry: Entry, metrics: Mapping[str, Object], conditions: Mapping[str, Object]
-) -> set[str]:
-    """The conditions that a log entry counts for: by itself, or by the reason that the metric
-    takes from it."""
-    found = set()
-    for name, condition in conditions.items():
-        if "conditionMatchedLog" in condition:
-            met = matches(condition["conditionMatchedLog"]["filter"], entry)
-        else:
-            met = counts_for(next(iter(condition.values()))["filter"], entry, metrics)
-        if met and "conditionAbsent" not in condition:
-            found.add(name)
-    return found
-
-
-def counts_for(time_series: str, entry: Entry, metrics: Mapping[str, Object]) -> bool:
-    [name] = re.findall(r'metric\.type="logging\.googleapis\.com/user/(\w+)"', time_series)
-    reasons = re.findall(r'"(\w+)"', time_series.partition("metric.labels.reason=one_of")[2])
-    assert set(reasons) <= set(get_args(scaler.Reason)), reasons
-    extractor = metrics[name]["labelExtractors"]["reason"]
-    return matches(metrics[name]["filter"], entry) and extracted(extractor, entry) in reasons
-
-
-def extracted(extractor: str, entry: Entry) -> Any:
-    path = re.fullmatch(r"EXTRACT\((.+)\)", extractor)
-    assert path, extractor
-    return at(path[1], entry)
-
-
-def test_each_reason_is_watched_as_the_page_says(
-    table: Mapping[str, set[str]],
-    metrics: Mapping[str, Object],
-    conditions: Mapping[str, Object],
-    runs: list[Run],
-) -> None:
     assert table.keys() == set(get_args(scaler.Reason)) == {run.reason for run in runs}
     warned = set()
     for run in runs:
@@ -295,13 +225,13 @@ def test_each_reason_is_watched_as_the_page_says(
         for each in warnings:
             assert each["severity"] == "WARNING"
             warned |= {two := "two masters" in each["textPayload"]}
-            assert fired(each, metrics, conditions) == ({"person"} if two else set())
+            assert fired(each) == ({"person"} if two else set())
         severity = ("INFO", "WARNING", "ERROR")[run.exit_code]
         assert (entry["jsonPayload"]["reason"], entry["severity"]) == (run.reason, severity), run
         person = {"person"} if severity == "ERROR" else set()
         watched = set() if run.record["dryRun"] else table[run.reason]
-        assert fired(entry, metrics, conditions) == watched | person, run
-        for name, metric in metrics.items():
+        assert fired(entry) == watched | person, run
+        for name, metric in METRICS.items():
             value = run.record[name.removeprefix("queue_scaler_").replace("reasons", "reason")]
             counts = value is not None and not run.record["dryRun"]
             assert matches(metric["filter"], entry) is counts, (name, run)
@@ -313,13 +243,11 @@ def test_each_reason_is_watched_as_the_page_says(
     assert any(run.record["dryRun"] for run in runs)
 
 
-def test_other_peoples_lines_count_for_nothing(
-    metrics: Mapping[str, Object], conditions: Mapping[str, Object], runs: list[Run]
-) -> None:
+def test_other_peoples_lines_count_for_nothing(runs: list[Run]) -> None:
     for entry in (entry for run in runs for entry in entries(run)):
         entry["resource"]["labels"]["container_name"] = "worker"
-        assert fired(entry, metrics, conditions) == set()
-        assert not any(matches(metric["filter"], entry) for metric in metrics.values())
+        assert fired(entry) == set()
+        assert not any(matches(metric["filter"], entry) for metric in METRICS.values())
 
 
 def test_the_query_to_begin_with_finds_the_scales(runs: list[Run]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shlex
 import shutil
@@ -24,7 +23,7 @@ from tests.support.firestore import FakeFirestore
 from tests.support.kubectl import ForKubectl, ended_job
 from tests.support.needs import need
 from tests.support.situations import NAME
-from tests.support.world import BUSY, PROJECT, REPOSITORY, START, Run, World
+from tests.support.world import BUSY, REPOSITORY, START, Run, World
 
 README, KOREAN = REPOSITORY / "README.md", REPOSITORY / "README.ko.md"
 DOCS = REPOSITORY / "docs"
@@ -34,9 +33,6 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
 NEEDED = {"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-both_languages = pytest.mark.parametrize(
-    ("english", "translation"), TRANSLATED.items(), ids=lambda page: page.name
-)
 
 # --- Reading the pages -------------------------------------------------------------------------
 
@@ -110,7 +106,7 @@ def test_the_annotations_table_names_every_annotation() -> None:
     assert {row[0] for row in table_of(README, scaler.LAST_SCALE_TIME)} == wanted
 
 
-@both_languages
+@pytest.mark.parametrize(("english", "translation"), TRANSLATED.items(), ids=lambda p: p.name)
 def test_both_languages_have_the_same_sections_tables_code_and_links(
     english: Path, translation: Path
 ) -> None:
@@ -192,39 +188,40 @@ def test_every_make_target_exists(page: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@every_page
-def test_every_setting_that_a_command_sets_is_accepted(page: Path) -> None:
-    known = {item.name.upper() for item in fields(scaler.Settings)}
+def chosen(page: Path) -> Iterator[dict[str, str | None]]:
+    """The variables of each command and block; None where one is unset."""
     for command in commands(page):
         if " set env " in command and "--local" not in command:
-            words = [word for word in shlex.split(command) if re.match(r"[A-Z_]+(=|-$)", word)]
-            pairs = [word.partition("=") for word in words]
-            assert {name.rstrip("-") for name, _, _ in pairs} <= known, command
-            scaler.read_settings({**NEEDED, **{name: v for name, sep, v in pairs if sep}})
+            words = shlex.split(command)
+            found = (re.fullmatch(r"([A-Z_]+)(?:=(.*)|-)", word) for word in words)
+            yield {one[1]: one[2] for one in found if one}
+    for block in blocks(page, "yaml"):
+        yield {one["name"]: one["value"] for one in yaml.safe_load(block).get("env", [])}
 
 
 @every_page
-def test_every_block_of_variables_is_accepted(page: Path) -> None:
-    for block in blocks(page, "yaml"):
-        found = yaml.safe_load(block)
-        if "env" in found:
-            chosen = {entry["name"]: entry["value"] for entry in found["env"]}
-            scaler.read_settings({**NEEDED, **chosen})
+def test_every_setting_of_a_command_or_block_is_accepted(page: Path) -> None:
+    known = {item.name.upper() for item in fields(scaler.Settings)}
+    for variables in chosen(page):
+        assert variables.keys() <= known
+        scaler.read_settings(NEEDED | {k: v for k, v in variables.items() if v is not None})
 
 
 CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
 JOBS = ("queue-scaler-first", "scale-now", "scale-try")
+PODS = ("queue-scaler-1", "queue-scaler-0")  # the second is the later run
 SCALER_LABELS = CRONJOB["metadata"]["labels"]
 
 
 @pytest.fixture
-def kubectl_world(tmp_path: Path) -> Iterator[tuple[ForKubectl, World]]:
+def cluster() -> Iterator[ForKubectl]:
     """The pages' Deployment, CronJob and Jobs, for kubectl."""
     need("kubectl")
     cluster = ForKubectl(seed=1, tls=True)
-    with cluster, FakeFirestore(project=PROJECT) as queue:
+    with cluster:
         cluster.add_deployment(NAME, replicas=1)
-        cluster.add_pod("queue-scaler-1", SCALER_LABELS)
+        for pod in PODS:
+            cluster.add_pod(pod, SCALER_LABELS)
         cronjob = copy.deepcopy(CRONJOB)
         cronjob["metadata"] |= {"namespace": "default", "uid": "1", "resourceVersion": "1"}
         cluster.objects = {
@@ -233,20 +230,21 @@ def kubectl_world(tmp_path: Path) -> Iterator[tuple[ForKubectl, World]]:
             "horizontalpodautoscalers": {NAME: ended_job(NAME)},
             "networkpolicies": {},
         }
-        queue.fill(2)
-        yield cluster, World(cluster, queue.host, NAME, START, {"BUSY_FILTER": BUSY}, tmp_path)
+        yield cluster
+
+
+@pytest.fixture
+def world(cluster: ForKubectl, queue: FakeFirestore, tmp_path: Path) -> World:
+    """Two jobs wait for the pages' Deployment."""
+    queue.fill(2)
+    return World(cluster, queue.host, NAME, START, {"BUSY_FILTER": BUSY}, tmp_path)
 
 
 def typed(text: str, world: World) -> subprocess.CompletedProcess[str]:
     """What comes of what a person types, one line or several."""
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", text],
-        env={
-            "PATH": os.environ["PATH"],
-            "HOME": str(world.directory),
-            "KUBECONFIG": world.environment()["KUBECONFIG"],
-            "EDITOR": "true",
-        },
+        env=world.environment(EDITOR="true"),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -256,22 +254,10 @@ def typed(text: str, world: World) -> subprocess.CompletedProcess[str]:
 
 # What nobody answers here: it needs an administrator, another API group, a kubelet or another
 # clone. kubectl has understood it where it went on to ask the server for more than what there is.
-ASKED_ONLY = (
-    "--as=",
-    "--namespace",
-    "-n NAMESPACE",
-    "--watch",
-    "delete clusterrolebinding",
-    "delete pod POD",
-    "delete scaledobject",
-    "delete validatingadmissionpolicy",
-    "get deployments --all-namespaces",
-    "get mutatingwebhookconfigurations",
-    "kubectl apply",
-    "kubectl describe",
-    "kubectl rollout",
-    "kubectl wait",
-    "logs job/",
+ASKED_ONLY = re.compile(
+    r"--as=|--namespace|-n NAMESPACE|--watch|--all-namespaces|logs job/"
+    r"|kubectl (apply|describe|rollout|wait)|get mutatingwebhookconfigurations"
+    r"|delete (clusterrolebinding|pod POD|scaledobject|validatingadmissionpolicy)"
 )
 ENGLISH_COMMANDS = {
     command: None
@@ -285,10 +271,9 @@ ENGLISH_COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ENGLISH_COMMANDS, ids=lambda command: command[8:70])
 def test_kubectl_does_what_the_page_tells_it(
-    command: str, kubectl_world: tuple[ForKubectl, World]
+    command: str, cluster: ForKubectl, world: World
 ) -> None:
-    cluster, world = kubectl_world
-    asked_only = any(part in command for part in ASKED_ONLY)
+    asked_only = ASKED_ONLY.search(command)
     done = typed(f"timeout 3 {command}" if asked_only else command, world)
     said = f"{command}\n{done.stdout}{done.stderr}"
     for selector in re.findall(r" -l (\S+)", command):
@@ -301,35 +286,25 @@ def test_kubectl_does_what_the_page_tells_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["scale-now", "scale-try"])
-def test_a_run_by_hand_pasted_as_a_whole_shows_its_log_and_leaves_nothing(
-    job: str, kubectl_world: tuple[ForKubectl, World]
+def test_a_run_by_hand_shows_its_log_and_leaves_nothing_and_a_try_is_a_dry_run(
+    job: str, cluster: ForKubectl, world: World
 ) -> None:
-    cluster, world = kubectl_world
     cluster.objects["jobs"].clear()
     (block,) = (block for block in blocks(OPERATIONS, "bash") if f"create job {job}" in block)
-    done = typed(block, world)
+    *lines, delete = block.splitlines()
+    done = typed("\n".join(lines), world)
     assert done.returncode == 0 and "AutoScaler says this" in done.stdout, f"{done}"
+    dry_run = json.dumps({"name": "DRY_RUN", "value": "true"})
+    assert (dry_run in json.dumps(cluster.objects["jobs"][job])) is (job == "scale-try")
+    assert typed(delete, world).returncode == 0
     assert not cluster.objects["jobs"]
 
 
 @pytest.mark.slow
-def test_the_run_that_is_only_tried_is_a_dry_one(kubectl_world: tuple[ForKubectl, World]) -> None:
-    cluster, world = kubectl_world
-    cluster.objects["jobs"].clear()
-    (command,) = (c for c in commands(OPERATIONS) if "create job scale-try" in c)
-    assert typed(command, world).returncode == 0
-    container = cluster.objects["jobs"]["scale-try"]["spec"]["template"]["spec"]["containers"][0]
-    assert {"name": "DRY_RUN", "value": "true"} in container["env"]
-
-
-@pytest.mark.slow
-def test_the_history_is_the_table_of_the_page(kubectl_world: tuple[ForKubectl, World]) -> None:
+def test_the_history_is_the_table_of_the_page(cluster: ForKubectl, world: World) -> None:
     need("jq")
-    cluster, world = kubectl_world
-    for pod in ("queue-scaler-1", "queue-scaler-0"):  # the second is the later run
+    for pod in PODS:
         record = world.run().record
-        if pod.endswith("0"):
-            cluster.add_pod(pod, SCALER_LABELS)
         ended = {"exitCode": 0, "finishedAt": record["time"], "message": json.dumps(record)}
         containers = [{"state": {"terminated": ended}}]
         status = {"startTime": record["time"], "containerStatuses": containers}
@@ -343,24 +318,16 @@ def test_the_history_is_the_table_of_the_page(kubectl_world: tuple[ForKubectl, W
 
 
 @pytest.mark.slow
-def test_a_pause_typed_as_the_page_says_is_applied(
-    kubectl_world: tuple[ForKubectl, World],
-) -> None:
-    _, world = kubectl_world
-    pause = f"kubectl annotate deployment {NAME} queue-scaler/paused=true"
-    resume = f"kubectl annotate deployment {NAME} queue-scaler/paused-"
-    assert {pause, resume} <= set(commands(OPERATIONS))
-    assert typed(pause, world).returncode == 0
-    assert world.run().reason == "Paused"
-    assert typed(resume, world).returncode == 0
-    assert world.run().reason == "ScaledUp"
+def test_a_pause_typed_as_the_page_says_is_applied(world: World) -> None:
+    for annotation, reason in (("paused=true", "Paused"), ("paused-", "ScaledUp")):
+        command = f"kubectl annotate deployment {NAME} queue-scaler/{annotation}"
+        assert command in commands(OPERATIONS)
+        assert typed(command, world).returncode == 0
+        assert world.run().reason == reason
 
 
 @pytest.mark.slow
-def test_a_cooldown_is_extended_and_ended_as_the_page_says(
-    kubectl_world: tuple[ForKubectl, World],
-) -> None:
-    _, world = kubectl_world
+def test_a_cooldown_is_extended_and_ended_as_the_page_says(world: World) -> None:
     world.now = None  # the command reads the machine's clock
     end, extend = (c for c in commands(OPERATIONS) if "queue-scaler/last-scale-time" in c)
     assert typed(extend, world).returncode == 0
@@ -374,16 +341,11 @@ def test_a_cooldown_is_extended_and_ended_as_the_page_says(
 @pytest.mark.slow
 def test_the_overlay_is_built_as_the_page_says(tmp_path: Path) -> None:
     need("kubectl")
-    clone = tmp_path / "queue-scaler"
-    clone.mkdir()
-    for name in ("kustomization.yaml", "rbac.yaml", "cronjob.yaml"):
-        shutil.copy(REPOSITORY / name, clone)
-    shutil.copytree(REPOSITORY / "examples" / "overlay", clone / "examples" / "overlay")
-    lines = [c for c in commands(DOCS / "several-deployments.md") if "thumbnails" in c]
-    built = [line for line in lines if "apply" not in line]
-    done = subprocess.run(
-        ["bash", "-ec", "\n".join(built)], cwd=clone, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    names = {one["kind"]: one["metadata"]["name"] for one in yaml.safe_load_all(done.stdout)}
-    assert f"cronjob/{names['CronJob']}" in (DOCS / "several-deployments.md").read_text()
+    page, clone = DOCS / "several-deployments.md", tmp_path / "queue-scaler"
+    shutil.copytree(REPOSITORY / "examples", clone / "examples")
+    for manifest in REPOSITORY.glob("*.yaml"):
+        shutil.copy(manifest, clone)
+    built = [c for c in commands(page) if "thumbnails" in c and "apply" not in c]
+    shown = subprocess.check_output(["bash", "-ec", "\n".join(built)], cwd=clone)
+    names = {one["kind"]: one["metadata"]["name"] for one in yaml.safe_load_all(shown)}
+    assert f"cronjob/{names['CronJob']}" in page.read_text()
