@@ -1112,7 +1112,9 @@ class JobQueue:
             counts = [int(row.value) for rows in results for row in rows if row.value >= 0]
             if len(counts) != 1:
                 problem = f"Firestore gave no usable count while {self._run.stage}"
-                raise QueueFailure("QueueUnavailable", problem)
+                failure = QueueFailure("QueueUnavailable", problem)
+                failure.transient = False  # whoever counts so does not count better at once
+                raise failure
             return counts[0]
 
         waiting = self._ask("counting waiting jobs", read, self._settings.waiting_filter)

@@ -136,7 +136,7 @@ def stored() -> dict[str, Object]:
     cluster = FakeKubernetes(seed=1)
     obj = merge(forbidden.deployment(NAME), {"metadata": {"namespace": "default"}})
     cluster.store.create(KINDS["deployments"], obj, Writer("kubectl-create"))
-    cluster.controllers.reconcile("default", NAME)
+    cluster.controllers.reconcile("default")
     annotations = {**forbidden.FOREIGN, REMOVABLE[-1]: "x"}  # the last it may not remove of a pod
     pod = merge(cluster.pods(NAME)[0], {"metadata": {"annotations": annotations}})
     return {"apps/deployments": cluster.deployment(NAME), "/pods": pod}
