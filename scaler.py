@@ -1411,6 +1411,8 @@ class Cluster:
             "reason": "SuccessfulRescale",
             "message": scrub(f"New size: {decision.replicas}; {decision.message}")[:1024],
             "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+            "reportingInstance": FIELD_MANAGER,
             "firstTimestamp": when,
             "lastTimestamp": when,
             "count": 1,
