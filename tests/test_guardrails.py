@@ -264,7 +264,7 @@ def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
     assert not refusals("/pods", pod(), patched(pod(), mark))
     end = f"-{pod()['metadata']['labels'][TEMPLATE_HASH]}"
     others = [
-        pod(name=OTHER + end), pod(name=f"{NAME}-canary{end}"), pod(name=f"{NAME}-other"),
+        pod(name=OTHER + end), pod(name=f"{NAME}-canary{end}"), pod(name=f"{NAME}{len(end) * 'x'}"),
         pod(kind="StatefulSet"), pod(apiVersion="example.com/v1"), pod(controller=False),
         merge(pod(), {"metadata": {"ownerReferences": []}}),
     ]  # fmt: skip
@@ -364,6 +364,7 @@ OLD = entry("a", spec=TEMPLATE)
         ([entry("a", metadata=keys(".", scaler.LAST_SCALE_TIME, "x"))],
          [entry("a", metadata=X), OWN], True),
         ([CI], [entry("ci", "Apply", spec=DEEPER)], False),
+        ([entry("a", spec={**TEMPLATE, "f:paused": {}})], [OLD, OWN], False),
         ([entry("a", status=REPLICAS)], [OWN], False),
         ([entry("a", spec=TIME)], [OWN], False),
         ([entry("a", metadata=OWN_AS_LABEL)], [OWN], False),
