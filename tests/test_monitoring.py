@@ -108,7 +108,7 @@ class TakesAnything(FakeKubernetes):
 
 @pytest.mark.slow
 def test_gcloud_takes_the_commands(tmp_path: Path) -> None:
-    """The real one, which knows the fields of the APIs, with a server that takes anything."""
+    """The real one, which knows its commands and options, with a server that takes anything."""
     gcloud, commands = need("gcloud"), blocks("bash", "gcloud")
     old = subprocess.run([gcloud, "monitoring", "policies", "--help"], capture_output=True)
     if old.returncode:
