@@ -44,4 +44,5 @@ def test_the_picture_is_drawn_and_stands_by_itself() -> None:
         assert len(text) < 10_000 and "href" not in text and "<style" not in text
         picture = ElementTree.fromstring(text)
         assert picture.tag.endswith("svg")
-        assert len(picture.findall("{*}path")) >= 4, "two areas, the pods, the limit"
+        colours = {path.get("fill") or path.get("stroke") for path in picture.findall("{*}path")}
+        assert colours == {demo.INK, demo.WAITING, demo.WORKING, demo.PODS}

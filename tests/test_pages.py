@@ -278,6 +278,8 @@ def test_kubectl_does_what_the_page_tells_it(
     said = f"{command}\n{done.stdout}{done.stderr}"
     for selector in re.findall(r" -l (\S+)", command):
         assert set(selector.split(",")) <= {f"{k}={v}" for k, v in SCALER_LABELS.items()}, said
+    for patch in re.findall(r" -p '([^']*)'", command):
+        json.loads(patch)
     refused = r"unknown (shorthand )?(flag|command)|[Uu]sage:|See 'kubectl|invalid|have a resource"
     assert not re.search(refused, said), said
     assert " -l " not in command or "No resources found" not in done.stderr, said
