@@ -498,7 +498,7 @@ def test_only_active_pods_count() -> None:
         assert len(fake.pods("worker")) == 4
         fake.keep_terminating()
         fake.scale("worker", 1)
-        fake.annotate("worker", any="write that wakes the controllers")
+        fake.scale("worker", 2)
         pods = [pod["metadata"] for pod in fake.pods("worker")]
-        assert (len(pods), sum("deletionTimestamp" in meta for meta in pods)) == (4, 2)
+        assert (len(pods), sum("deletionTimestamp" in meta for meta in pods)) == (5, 2)
         assert failed not in fake.deleted_pods
