@@ -87,10 +87,12 @@ class Failure(Exception):
 
     status, retry_after, read_again = 0, 0.0, False
 
-    def __init__(self, reason: Reason, message: str, exit_code: int = 1) -> None:
+    def __init__(
+        self, reason: Reason, message: str, exit_code: int = 1, transient: bool = True
+    ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        self.exit_code, self.transient = exit_code, exit_code == 1
+        self.exit_code, self.transient = exit_code, transient and exit_code == 1
 
 
 class QueueFailure(Failure):
@@ -915,7 +917,7 @@ class Run:
         # A value that is not accepted is reported with the other settings, as by default.
         words = {name: value.strip().upper() for name, value in self.environ.items()}
         level = words.get("LOG_LEVEL")
-        self.severities = SEVERITIES[SEVERITIES.index(level) if level in SEVERITIES else 1 :]
+        self.severities = SEVERITIES[SEVERITIES.index(level if level in SEVERITIES else "INFO") :]
         self.as_json = words.get("LOG_FORMAT") == "JSON"
         self.dry_run = words.get("DRY_RUN") == "TRUE"
         self.begun = self.clock()
@@ -1087,9 +1089,7 @@ def queue_failure(doing: str, error: Exception) -> QueueFailure:
         denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
         reason: Reason = "Forbidden" if denied else "QueueUnavailable"
         return QueueFailure(reason, f"{message}; {ADVICE[code]}", exit_code=2)
-    failure = QueueFailure("QueueUnavailable", message)
-    failure.transient = code in TRANSIENT_CODES
-    return failure
+    return QueueFailure("QueueUnavailable", message, transient=code in TRANSIENT_CODES)
 
 
 class JobQueue:
@@ -1112,9 +1112,7 @@ class JobQueue:
             counts = [int(row.value) for rows in results for row in rows if row.value >= 0]
             if len(counts) != 1:
                 problem = f"Firestore gave no usable count while {self._run.stage}"
-                failure = QueueFailure("QueueUnavailable", problem)
-                failure.transient = False  # whoever counts so does not count better at once
-                raise failure
+                raise QueueFailure("QueueUnavailable", problem, transient=False)
             return counts[0]
 
         waiting = self._ask("counting waiting jobs", read, self._settings.waiting_filter)
