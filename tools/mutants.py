@@ -164,14 +164,28 @@ def passes(source: str, change: Change, tests: Sequence[str], limit: int) -> boo
     return status == 0
 
 
-def survives_slow_tests(
-    mutant: Mutant, source: str, change: Change, place: tuple[Path, str]
-) -> bool:
-    """One after another: they share the emulator's and the image builder's places."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), enter_a_copy, place) as pool:
-        lives = pool.submit(passes, source, change, ["-m", "slow", "tests"], 1200).result()
-    print(f"{'survives' if lives else 'dies by'} the slow tests: {mutant}", flush=True)
-    return lives
+def let_live(
+    drawn: Sequence[tuple[Mutant, Change]], source: str, tests: Sequence[str], jobs: int | None
+) -> list[tuple[Mutant, Change]]:
+    """Those of these mutants that the tests do not notice. Ends the program where the tests fail on
+    scaler.py as it is, and so would notice all."""
+    living: list[tuple[Mutant, Change]] = []
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as copies:
+        place = (Path.cwd(), copies)
+        with ProcessPoolExecutor(jobs, context, enter_a_copy, place) as pool:
+            started = time.monotonic()
+            if not pool.submit(passes, source, NO_CHANGE, tests, 900).result():
+                sys.exit(f"fails on scaler.py as it is: python -m pytest {' '.join(tests)}")
+            limit = 20 + 5 * int(time.monotonic() - started)
+            asked = {pool.submit(passes, source, one[1], tests, limit): one for one in drawn}
+            for number, answer in enumerate(as_completed(asked), 1):
+                if number % 100 == 0:
+                    print(f"{number}: {len(living)} survived", flush=True)
+                if answer.result():
+                    living.append(asked[answer])
+                    print(f"{number}: survives\n{asked[answer][0]}", flush=True)
+    return living
 
 
 def explained() -> set[Mutant]:
@@ -202,39 +216,20 @@ def main() -> int:
         "mutants", derandomize=True, database=None, deadline=None, max_examples=50
     )
     hypothesis.settings.load_profile("mutants")
-    context = multiprocessing.get_context("fork")
-    survivors: list[Mutant] = []
-    with tempfile.TemporaryDirectory() as copies:
-        place = (Path.cwd(), copies)
-        with ProcessPoolExecutor(chosen.jobs, context, enter_a_copy, place) as pool:
-            started = time.monotonic()
-            if not pool.submit(passes, source, NO_CHANGE, tests, 900).result():
-                print(f"fails on scaler.py as it is: python -m pytest {' '.join(tests)}")
-                return 1
-            limit = 20 + 5 * int(time.monotonic() - started)
-            asked = {pool.submit(passes, source, change, tests, limit): m for m, change in drawn}
-            for number, answer in enumerate(as_completed(asked), 1):
-                if number % 100 == 0:
-                    print(f"{number}: {len(survivors)} survived", flush=True)
-                if answer.result():
-                    survivors.append(asked[answer])
-                    note = "" if chosen.whole or asked[answer] in known else " and is not explained"
-                    print(f"{number}: survives{note}\n{asked[answer]}", flush=True)
+    living = let_live(drawn, source, tests, chosen.jobs)
+    if chosen.whole and living:
+        print("the slow tests, one at a time: they share the emulator and the image builder")
+        living = let_live(living, source, ["-m", "slow", "tests"], 1)
 
-        if chosen.whole:
-            changes = dict(found)
-            survivors = [
-                one for one in survivors if survives_slow_tests(one, source, changes[one], place)
-            ]
-
-    killed = len(drawn) - len(survivors)
+    survivors = {mutant for mutant, _ in living}
+    killed = len(drawn) - len(living)
     percent, minutes = 100 * killed / len(drawn), (time.monotonic() - begun) / 60
     print(f"killed {killed} of {len(drawn)}: {percent:.1f} %, in {minutes:.1f} minutes")
-    unexplained = [] if chosen.whole else sorted(set(survivors) - known)
-    if unexplained:
-        print(f"{len(unexplained)} survive that {EXPLAINED} does not explain")
+    unexplained = [] if chosen.whole else sorted(survivors - known)
+    for mutant in unexplained:
+        print(f"survives, and {EXPLAINED} does not explain it:\n{mutant}")
     if drawn is found and not chosen.whole:
-        for mutant in sorted(known - set(survivors)):
+        for mutant in sorted(known - survivors):
             print(f"explained, but killed or gone:\n{mutant}")
     return int(bool(unexplained) or percent < AT_LEAST)
 
