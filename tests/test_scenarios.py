@@ -74,6 +74,13 @@ def test_debug_shows_every_call_with_its_duration(world: World, queue: FakeFires
     assert re.search(r"counting waiting jobs took \d+\.\d{3} s: 2", debug), debug
 
 
+def test_no_more_jobs_are_counted_than_the_range_can_use(
+    world: World, queue: FakeFirestore
+) -> None:
+    world.run(MAX_REPLICAS="600", JOBS_PER_POD="2")
+    assert [call.limit for call in queue.calls] == [1200]
+
+
 def test_inside_a_cluster_a_run_is_the_service_account_of_its_pod(
     queue: FakeFirestore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
