@@ -50,7 +50,7 @@ def test_what_a_deployment_lacks_has_its_default(
 
 def test_other_peoples_huge_annotations_are_left_alone(world: World, queue: FakeFirestore) -> None:
     queue.fill(5)
-    huge = {"example.com/last-applied": "x" * 200_000, "example.com/note": "ä\n" * 10_000}
+    huge = {"example.com/last-applied": "x" * 200_000, "queue-scaler/note": "ä\n" * 10_000}
     edit(world, lambda d: d["metadata"]["annotations"].update(huge))
     run = world.run(LOG_LEVEL="DEBUG")
     assert (run.reason, world.replicas) == ("ScaledUp", 3), run

@@ -1,8 +1,9 @@
-"""What only a process has: signals, exit codes, standard output, a login that hangs."""
+"""What only a process has: signals, exit codes, files to write to, a login that hangs."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from kubernetes.client import ApiClient
@@ -105,6 +107,26 @@ def test_an_order_is_carried_out_while_googles_metadata_server_hangs(
     run = process.run_with(environ)
     assert run.exit_code in (1, 2) and process.replicas == 2 and run.seconds < 11, run
     assert run.record["current"] == 2, "the Deployment came first"
+
+
+def test_a_path_that_was_set_is_created(world: World, tmp_path: Path) -> None:
+    log = tmp_path / "not" / "there" / "yet"
+    world.start(log=log, MIN_REPLICAS="none").communicate()
+    assert json.loads(log.read_text())["reason"] == "InvalidSettings"
+
+
+def test_the_default_is_written_only_where_it_exists(world: World) -> None:
+    default = Path("/dev/termination-log")
+    existed = default.exists()
+    assert world.start(log=default, MIN_REPLICAS="none").wait() == 2
+    assert default.exists() is existed
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(world: World) -> None:
+    process = world.start(log=world.directory)
+    stdout, _ = process.communicate()
+    assert process.returncode == 0
+    assert "WARNING AutoScaler the result record was not written" in stdout
 
 
 def test_help_into_a_full_disk_is_no_crash(process: World, unwritable: int) -> None:

@@ -12,7 +12,7 @@ from google.cloud.firestore import Client
 
 import scaler
 from tests.support.firestore import FakeFirestore
-from tests.support.kubernetes import FakeKubernetes
+from tests.support.kubernetes import FakeKubernetes, Match, answer
 from tests.support.world import START, Run, World
 
 
@@ -109,11 +109,20 @@ def test_collection_groups_nested_paths_and_other_filters(emulated: World, jobs:
     assert waiting(QUEUE_COLLECTION_GROUP="true", WAITING_FILTER=urgent) == 2
 
 
-def test_an_event_tells_of_the_scale(emulated: World, jobs: Client) -> None:
-    wait(jobs, 2)
-    emulated.run()
-    [event] = emulated.cluster.events()
-    assert (event["reason"], event["type"]) == ("SuccessfulRescale", "Normal")
-    assert event["message"].startswith("New size: 2; 2 jobs waiting")
-    uid = emulated.cluster.deployment("worker")["metadata"]["uid"]
-    assert event["involvedObject"]["uid"] == uid
+@pytest.mark.parametrize(
+    "value", ["\udcff", "x" * 10_000, "한" * 3_000, '"' * 5_000, "a\nb"], ids=len
+)
+def test_a_record_always_fits_what_the_kubelet_keeps(value: str, world: World) -> None:
+    """Whatever has landed in the variables; their values are shown."""
+    names = ("DEPLOYMENT", "NAMESPACE", "WAITING_FILTER", "BUSY_FILTER", "SCALE_UP_STEP")
+    run = world.run(**dict.fromkeys(names, value))
+    assert (run.exit_code, run.reason) == (2, "InvalidSettings"), run
+    assert run.stdout.count("\n") == 1
+    assert (world.directory / "termination-log").stat().st_size < 4096
+
+
+def test_the_message_of_a_record_gives_way_where_it_is_too_long(world: World) -> None:
+    world.cluster.fault(Match("get"), answer(403, message="한글" * 4_000))
+    run = world.run()
+    assert (run.exit_code, run.reason) == (2, "Forbidden"), run
+    assert (world.directory / "termination-log").stat().st_size < 4096

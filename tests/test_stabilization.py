@@ -229,19 +229,6 @@ def test_a_history_from_a_clock_ahead_holds_no_longer_than_the_window() -> None:
     assert ours.stabilize(now + 300, 5, 1) == 1
 
 
-def test_a_queue_empty_for_a_single_run_changes_nothing(world: World, queue: FakeFirestore) -> None:
-    world.cluster.scale("worker", 3)
-    queue.fill(3)
-    assert world.run().reason == "AtTarget"
-    queue.clear()
-    world.pass_time()
-    assert world.run().reason == "ScaleDownStabilized"
-    queue.fill(3)
-    world.pass_time()
-    assert world.run().reason == "AtTarget"
-    assert world.replicas == 3 and world.annotations == {}
-
-
 def held(settings: Settings, current: int, *looks: tuple[int, int]) -> scaler.Decision:
     """The decision for an empty queue after looks so many seconds ago, each with its number."""
     now = int(START.timestamp())
