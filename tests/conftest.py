@@ -42,7 +42,7 @@ def queue() -> Iterator[FakeFirestore]:
 @pytest.fixture
 def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
     """The two fakes, and a clock that stands still until a test moves it."""
-    return World(cluster, queue.host, now=START, directory=tmp_path)
+    return World(cluster, queue, now=START, directory=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +62,10 @@ def emulator() -> Emulator:
 
 
 @pytest.fixture
-def emulated(cluster: FakeKubernetes, emulator: Emulator, tmp_path: Path) -> World:
+def emulated(world: World, emulator: Emulator) -> World:
     """The same world with the official emulator as its queue."""
-    return World(cluster, emulator.host, now=START, directory=tmp_path)
+    world.firestore = emulator.host
+    return world
 
 
 @pytest.fixture

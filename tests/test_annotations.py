@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import ANNOTATION, LAST_SCALE_TIME, State, parse_state, read_time, write_time
-from tests.support.firestore import FakeFirestore, Hang
+from tests.support.firestore import Hang
 from tests.support.world import START, World
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
@@ -153,11 +153,11 @@ def test_a_huge_value_is_cut_in_its_warning() -> None:
 
 
 @pytest.fixture
-def just_scaled(world: World, queue: FakeFirestore) -> World:
+def just_scaled(world: World) -> World:
     """A world whose Deployment went from 1 to 2 pods a minute ago and now wants 3."""
-    queue.fill(2)
+    world.queue.fill(2)
     assert world.run().reason == "ScaledUp"
-    queue.fill(3)
+    world.queue.fill(3)
     world.pass_time()
     return world
 
@@ -185,16 +185,16 @@ def test_the_annotation_is_the_cooldown(just_scaled: World) -> None:
     assert just_scaled.run().reason == "ScaledUp"
 
 
-def test_a_paused_run_does_not_wait_for_the_queue(world: World, queue: FakeFirestore) -> None:
+def test_a_paused_run_does_not_wait_for_the_queue(world: World) -> None:
     world.cluster.annotate("worker", **{scaler.PAUSED: "true"})
-    queue.fault("count", Hang())
+    world.queue.fault("count", Hang())
     run = world.run()
     assert (run.exit_code, run.reason) == (0, "Paused"), run
     assert run.seconds < 10 and len(world.cluster.requests) == 1
 
 
-def test_a_dry_run_decides_and_changes_nothing(world: World, queue: FakeFirestore) -> None:
-    queue.fill(3)
+def test_a_dry_run_decides_and_changes_nothing(world: World) -> None:
+    world.queue.fill(3)
     before = world.resource_version
     for run in (world.run("--dry-run"), world.run(DRY_RUN="true")):
         assert (run.exit_code, run.reason) == (0, "ScaledUp"), run

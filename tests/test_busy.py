@@ -106,18 +106,16 @@ def test_no_waiting_and_three_running_jobs_keep_the_three_pods_that_work(
     assert world.run().reason == "AtTarget"
 
 
-def test_a_job_of_a_terminating_pod_holds_nothing_up(world: World, queue: FakeFirestore) -> None:
+def test_a_job_of_a_terminating_pod_holds_nothing_up(world: World) -> None:
     world.cluster.keep_terminating()
     world.cluster.scale("worker", 3)
-    hold(queue, world.cluster.deleted_pods)
+    hold(world.queue, world.cluster.deleted_pods)
     assert len(world.cluster.pods("worker")) == 5, "two are still terminating"
     run = world.run()
     assert (run.record["busy"], world.replicas) == (0, 1), run
 
 
-def test_a_selector_may_have_expressions_of_every_operator(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_a_selector_may_have_expressions_of_every_operator(world: World) -> None:
     expressions = [
         {"key": "tier", "operator": "In", "values": ["batch", "bulk"]},
         {"key": "tier", "operator": "NotIn", "values": ["web"]},
@@ -129,7 +127,7 @@ def test_a_selector_may_have_expressions_of_every_operator(
     world.cluster.add_deployment("picky", replicas=4, labels=labels, selector=selector)
     world.name = "picky"
     busy = live(world)[:2]
-    hold(queue, busy)
+    hold(world.queue, busy)
     run = world.run()
     assert (run.record["busy"], sorted(live(world))) == (2, sorted(busy)), run
     [listed] = world.cluster.calls(Match("list", "pods"))
@@ -138,7 +136,7 @@ def test_a_selector_may_have_expressions_of_every_operator(
 
 
 def test_pods_of_others_with_the_same_labels_neither_count_nor_stand_in_the_way(
-    world: World, queue: FakeFirestore
+    world: World,
 ) -> None:
     """One of a Job, one that somebody made by hand, and a canary: a Deployment whose pods this
     one's selector takes in."""
@@ -149,7 +147,7 @@ def test_pods_of_others_with_the_same_labels_neither_count_nor_stand_in_the_way(
     world.cluster.edit("pods", "by-hand", lambda pod: pod["metadata"].pop("ownerReferences"))
     world.cluster.add_deployment("worker-canary", labels={"app": "worker", "track": "canary"})
     [canary] = map(name_of, world.cluster.pods("worker-canary"))
-    hold(queue, [busy, "migration", "by-hand", canary])
+    hold(world.queue, [busy, "migration", "by-hand", canary])
     run = world.run()
     assert (run.reason, run.record["busy"], live(world)) == ("ScaledDown", 1, [busy]), run
     assert {call.name for call in world.cluster.calls(PATCHED_POD)} == {busy}, run
@@ -166,10 +164,10 @@ def test_pods_of_others_with_the_same_labels_neither_count_nor_stand_in_the_way(
     ],
 )
 def test_a_scale_down_never_goes_below_the_busy_pods(
-    world: World, queue: FakeFirestore, settings: dict[str, str], reason: str
+    world: World, settings: dict[str, str], reason: str
 ) -> None:
     busy = live(world)[:4]
-    hold(queue, busy)
+    hold(world.queue, busy)
     run = world.run(**settings)
     assert (run.reason, sorted(live(world))) == (reason, sorted(busy)), run
     world.pass_time()
@@ -182,26 +180,26 @@ def test_a_scale_down_never_goes_below_the_busy_pods(
 
 @pytest.mark.parametrize(("ordered", "killed"), [(3, 0), (2, 1), (0, 3)])
 def test_an_order_of_paused_replicas_is_met_exactly_and_idle_pods_go_first(
-    world: World, queue: FakeFirestore, ordered: int, killed: int
+    world: World, ordered: int, killed: int
 ) -> None:
     busy = live(world)[:3]
-    hold(queue, busy)
+    hold(world.queue, busy)
     world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": str(ordered)})
     run = world.run()
     assert (run.reason, world.replicas, len(live(world))) == ("Paused", ordered, ordered), run
     assert len(set(busy) - set(live(world))) == killed, run
 
 
-def test_a_dry_run_marks_nothing(world: World, queue: FakeFirestore) -> None:
-    hold(queue, live(world)[:3])
+def test_a_dry_run_marks_nothing(world: World) -> None:
+    hold(world.queue, live(world)[:3])
     run = world.run("--dry-run")
     assert (run.reason, run.record["action"], world.replicas) == ("ScaledDown", "scale-down", 5)
     assert (marks(world), asked(world)) == ({}, ["get deployments", "list pods"]), run
 
 
-def test_marks_are_set_only_where_they_differ(world: World, queue: FakeFirestore) -> None:
+def test_marks_are_set_only_where_they_differ(world: World) -> None:
     marked, unmarked, stale, negative, _ = live(world)
-    hold(queue, [marked, unmarked])
+    hold(world.queue, [marked, unmarked])
     mark(world, [marked, stale], HIGH)
     mark(world, [negative], "-7")
     costs: dict[str, str] = {}
@@ -215,26 +213,22 @@ def test_marks_are_set_only_where_they_differ(world: World, queue: FakeFirestore
 # --- What happens meanwhile -----------------------------------------------------------------------
 
 
-def test_a_job_claimed_between_the_marking_and_the_patch_protects_its_pod(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_a_job_claimed_between_the_marking_and_the_patch_protects_its_pod(world: World) -> None:
     *busy, late, _, _ = live(world)
-    hold(queue, busy)
+    hold(world.queue, busy)
     world.cluster.hook(  # the second and last mark
-        replace(PATCHED_POD, name=busy[1]), lambda _: hold(queue, [late]), "after"
+        replace(PATCHED_POD, name=busy[1]), lambda _: hold(world.queue, [late]), "after"
     )
     run = world.run()
     assert sorted(live(world)) == sorted([*busy, late]), run
 
 
-def test_a_scale_down_waits_where_it_would_take_more_than_one_mark_a_pod(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_a_scale_down_waits_where_it_would_take_more_than_one_mark_a_pod(world: World) -> None:
     """Each pod had to be marked, and then one takes a job: the next run has fewer marks to make."""
     pods = live(world)
     mark(world, pods, "7")
     last = replace(PATCHED_POD, name=pods[-1])
-    world.cluster.hook(last, lambda _: hold(queue, [pods[0]]), "after")
+    world.cluster.hook(last, lambda _: hold(world.queue, [pods[0]]), "after")
     run = world.run()
     assert run.reason == "WorkersBusy" and "while the pods were marked" in run.stdout, run
     assert live(world) == pods and len(world.cluster.calls(PATCHED_POD)) == len(pods)
@@ -243,7 +237,7 @@ def test_a_scale_down_waits_where_it_would_take_more_than_one_mark_a_pod(
 
 @pytest.mark.parametrize("order", [None, "2"])
 def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones(
-    world: World, queue: FakeFirestore, order: str | None
+    world: World, order: str | None
 ) -> None:
     """The one that finished still carries the mark, and would outlive the others by its age. It
     goes at the next look or, where a person orders the number, at once."""
@@ -251,13 +245,13 @@ def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones
     world.cluster.scale("worker", 3)
     stays, finishes, claims = live(world)
     world.cluster.set_pod(finishes, created=START - timedelta(days=99), ready_since=START)
-    hold(queue, [stays, finishes])
+    hold(world.queue, [stays, finishes])
 
     def meanwhile(_: Call) -> None:
-        finish(queue, [finishes])
-        hold(queue, [claims])
+        finish(world.queue, [finishes])
+        hold(world.queue, [claims])
 
-    queue.hook(SECOND_LOOK, meanwhile)
+    world.queue.hook(SECOND_LOOK, meanwhile)
     run = world.run()
     assert {stays, claims} <= set(live(world)), run
     assert len(live(world)) == (2 if order else 3), run
@@ -266,12 +260,12 @@ def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones
     assert sorted(live(world)) == sorted([stays, claims]), "the next run takes the idle one"
 
 
-def test_after_a_conflict_the_busy_pods_are_read_afresh(world: World, queue: FakeFirestore) -> None:
+def test_after_a_conflict_the_busy_pods_are_read_afresh(world: World) -> None:
     busy, late = live(world)[:2]
-    hold(queue, [busy])
+    hold(world.queue, [busy])
 
     def interfere(_: object) -> None:
-        hold(queue, [late])
+        hold(world.queue, [late])
         world.cluster.annotate("worker", team="a")
 
     world.cluster.hook(PATCHED_DEPLOYMENT, interfere)
@@ -281,11 +275,9 @@ def test_after_a_conflict_the_busy_pods_are_read_afresh(world: World, queue: Fak
 
 
 @pytest.mark.parametrize("status", ["idle", "busy"])
-def test_a_pod_that_somebody_deletes_meanwhile_is_no_error(
-    world: World, queue: FakeFirestore, status: str
-) -> None:
+def test_a_pod_that_somebody_deletes_meanwhile_is_no_error(world: World, status: str) -> None:
     busy, other = live(world)[:2]
-    hold(queue, [busy])
+    hold(world.queue, [busy])
     mark(world, [other], HIGH)  # so that the idle one has to be marked, too
     gone = other if status == "idle" else busy
     path = f"/api/v1/namespaces/default/pods/{gone}"
@@ -312,10 +304,10 @@ WEAK: dict[str, Object] = {
 
 @pytest.mark.parametrize("state", WEAK.values(), ids=WEAK.keys())
 def test_a_busy_pod_that_would_go_before_idle_ones_keeps_them_all(
-    world: World, queue: FakeFirestore, state: Object
+    world: World, state: Object
 ) -> None:
     busy, same, lower, *ready = live(world)
-    hold(queue, [busy])
+    hold(world.queue, [busy])
     world.cluster.set_pod(busy, **state)
     run = world.run()
     assert (run.reason, world.replicas) == ("WorkersBusy", 5), run
@@ -325,25 +317,21 @@ def test_a_busy_pod_that_would_go_before_idle_ones_keeps_them_all(
     assert sorted(live(world)) == sorted([busy, *ready]), "those that stand no higher may go"
 
 
-def test_in_the_middle_of_a_rollout_nothing_is_removed_while_a_pod_is_busy(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_in_the_middle_of_a_rollout_nothing_is_removed_while_a_pod_is_busy(world: World) -> None:
     world.cluster.start_rollout("worker", new_pods=2, old_pods=4)
     busy = live(world)[1]
-    hold(queue, [busy])
+    hold(world.queue, [busy])
     run = world.run()
     assert (run.reason, world.replicas, len(live(world))) == ("WorkersBusy", 5, 6), run
-    finish(queue, [busy])
+    finish(world.queue, [busy])
     run = world.run()
     assert (run.reason, world.replicas) == ("ScaledDown", 1), run
 
 
-def test_waiting_and_busy_jobs_are_counted_at_one_moment(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_waiting_and_busy_jobs_are_counted_at_one_moment(world: World) -> None:
     """Nothing is asked of the API server between the two, and nothing of the queue before it."""
     counted: list[tuple[object, int]] = []
-    queue.hook(
+    world.queue.hook(
         "count", lambda call: counted.append((call.filters[0][2], len(world.cluster.requests)))
     )
     world.run()
@@ -354,15 +342,15 @@ def test_waiting_and_busy_jobs_are_counted_at_one_moment(
 
 
 def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts_for_thirty_pods(
-    world: World, queue: FakeFirestore
+    world: World,
 ) -> None:
     world.cluster.scale("worker", 30)
-    hold(queue, live(world))
+    hold(world.queue, live(world))
     run = world.run(MAX_REPLICAS="30")
     assert run.reason == "AtTarget", run
     assert asked(world) == ["get deployments", "list pods"]
-    assert [call.kind for call in queue.calls] == ["count", "count"]
-    assert [call.reads_billed for call in queue.calls] == [1, 1]
+    assert [call.kind for call in world.queue.calls] == ["count", "count"]
+    assert [call.reads_billed for call in world.queue.calls] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -371,38 +359,34 @@ def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts_for_thirty_po
     ids=["cooldown", "stabilization"],
 )
 def test_no_document_is_read_and_no_pod_marked_while_a_scale_down_waits(
-    world: World, queue: FakeFirestore, wait: dict[str, str]
+    world: World, wait: dict[str, str]
 ) -> None:
-    hold(queue, live(world)[:2])
+    hold(world.queue, live(world)[:2])
     world.cluster.annotate("worker", **{"queue-scaler/last-scale-time": START.isoformat()})
     run = world.run(**wait)
     assert run.record["action"] == "none", run
-    assert [call.kind for call in queue.calls] == ["count", "count"]
+    assert [call.kind for call in world.queue.calls] == ["count", "count"]
     assert not world.cluster.calls(PATCHED_POD)
 
 
-def test_a_scale_down_costs_a_call_for_each_mark_and_four_more(
-    world: World, queue: FakeFirestore
-) -> None:
-    hold(queue, live(world)[:3])
+def test_a_scale_down_costs_a_call_for_each_mark_and_four_more(world: World) -> None:
+    hold(world.queue, live(world)[:3])
     run = world.run()
     marking = ["patch pods"] * 3
     scaling = ["patch deployments", "create events"]
     assert asked(world) == ["get deployments", "list pods", *marking, *scaling], run
-    looks = [call.select for call in queue.calls if call.kind == "query"]
+    looks = [call.select for call in world.queue.calls if call.kind == "query"]
     assert looks == [("assignedPodId",)] * 2, "of a job only the field with its pod is read"
 
 
-def test_two_hundred_pods_are_asked_about_thirty_at_a_time(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_two_hundred_pods_are_asked_about_thirty_at_a_time(world: World) -> None:
     world.cluster.scale("worker", 200)
     busy = live(world)[::3]
-    hold(queue, busy)
+    hold(world.queue, busy)
     run = world.run(MAX_REPLICAS="200")
     assert (run.record["busy"], sorted(live(world))) == (len(busy), sorted(busy)), run
     assert len(asked(world)) == len(busy) + 4 <= 200 + 4
-    assert Counter(call.kind for call in queue.calls) == {"count": 1 + 7, "query": 2 * 7}
+    assert Counter(call.kind for call in world.queue.calls) == {"count": 1 + 7, "query": 2 * 7}
 
 
 # --- Queries, on the fake and on the official emulator --------------------------------------------
@@ -482,7 +466,7 @@ def test_no_busy_pod_is_killed_over_many_patterns(queue: FakeFirestore, tmp_path
         with FakeKubernetes(seed=seed, clock=lambda: START) as cluster:
             cluster.add_deployment("worker", replicas=len(pattern))
             more = {"MAX_REPLICAS": "12", "JOBS_PER_POD": jobs_per_pod}
-            world = World(cluster, queue.host, "worker", START, {**EAGER, **more}, tmp_path)
+            world = World(cluster, queue, "worker", START, {**EAGER, **more}, tmp_path)
             pods: dict[str, list[str]] = {"busy": [], "claims": [], "finishes": [], "idle": []}
             for pod, (job, state) in zip(live(world), pattern, strict=True):
                 pods[job].append(pod)

@@ -21,7 +21,7 @@ READ, PATCH = Match("get", "deployments"), Match("patch", "deployments")
 
 @pytest.fixture
 def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
-    return World(cluster, queue.host, now=START, directory=tmp_path, process=True)
+    return World(cluster, queue, now=START, directory=tmp_path, process=True)
 
 
 def run_together(world: World, **settings: str) -> list[Run]:
@@ -51,12 +51,12 @@ SCALES: dict[str, tuple[int, int, int, dict[str, str]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "jobs", "after", "settings"), SCALES.values(), ids=SCALES)
 def test_runs_at_once_scale_once(
-    world: World, queue: FakeFirestore, before: int, jobs: int, after: int, settings: dict[str, str]
+    world: World, before: int, jobs: int, after: int, settings: dict[str, str]
 ) -> None:
     world.cluster.scale("worker", before)
     busy = str(world.cluster.pods("worker")[0]["metadata"]["name"])
-    queue.put("jobs/busy", {"status": "processing", "assignedPodId": busy})
-    queue.fill(jobs)
+    world.queue.put("jobs/busy", {"status": "processing", "assignedPodId": busy})
+    world.queue.fill(jobs)
     world.cluster.scales.clear()
     runs = run_together(world, SCALE_DOWN_STABILIZATION_SECONDS="0", **settings)
     assert [run.exit_code for run in runs] == [0] * PROCESSES, "\n".join(map(str, runs))
@@ -72,8 +72,8 @@ def test_runs_at_once_scale_once(
 
 
 @pytest.mark.slow
-def test_runs_at_once_write_a_failing_queue_down_once(world: World, queue: FakeFirestore) -> None:
-    queue.fault("count", Fail(StatusCode.UNKNOWN))
+def test_runs_at_once_write_a_failing_queue_down_once(world: World) -> None:
+    world.queue.fault("count", Fail(StatusCode.UNKNOWN))
     for reason, replicas in (("QueueUnavailable", 1), ("Fallback", 2)):
         runs = run_together(world, FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60")
         assert {(run.exit_code, run.reason) for run in runs} == {(1, reason)}
@@ -85,10 +85,10 @@ def test_runs_at_once_write_a_failing_queue_down_once(world: World, queue: FakeF
 
 
 def test_every_writer_in_between_is_a_conflict_and_the_decision_is_made_afresh(
-    world: World, queue: FakeFirestore
+    world: World,
 ) -> None:
     """The controllers' status writes, which come between the read and the patch."""
-    queue.fill(5)
+    world.queue.fill(5)
     numbers = itertools.count()
 
     def write(_: Request) -> None:

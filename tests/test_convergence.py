@@ -190,7 +190,7 @@ def test_the_number_settles_and_stays(queue: FakeFirestore, tmp_path: Path, case
     with FakeKubernetes(seed=1) as cluster:
         busy = arrange(case, cluster, queue)
         variables = {"BUSY_FILTER": BUSY, **case.variables}
-        world = World(cluster, queue.host, "worker", START, variables, tmp_path)
+        world = World(cluster, queue, "worker", START, variables, tmp_path)
         assert queue.project == PROJECT
         for fault in case.faults:
             FAULTS[fault](cluster, queue)

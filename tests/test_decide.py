@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import ANNOTATION, INT32_MAX, Decision, Inputs, QueueLength, Settings, State, decide
-from tests.support.firestore import FakeFirestore
 from tests.support.world import BUSY, START, World
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
@@ -221,7 +220,7 @@ def test_where_a_number_is_not_known_nothing_is_said_to_change() -> None:
     assert Decision(3, "ClusterUnavailable", "").change == 0
 
 
-def test_with_nothing_busy_all_the_pods_may_go(world: World, queue: FakeFirestore) -> None:
+def test_with_nothing_busy_all_the_pods_may_go(world: World) -> None:
     none = {"MIN_REPLICAS": "0", "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
     run = world.run(BUSY_FILTER=BUSY, **none)
     assert (run.reason, world.replicas) == ("ScaledDown", 0), run

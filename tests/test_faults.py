@@ -49,7 +49,6 @@ class Scene:
     """A world about to scale from `before` to `after`, with a proxy in front of either server."""
 
     world: World
-    queue: FakeFirestore
     api: ChaosProxy
     firestore: ChaosProxy
     before: int
@@ -60,6 +59,10 @@ class Scene:
     @property
     def cluster(self) -> FakeKubernetes:
         return self.world.cluster
+
+    @property
+    def queue(self) -> FakeFirestore:
+        return self.world.queue
 
 
 @contextmanager
@@ -76,8 +79,10 @@ def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Itera
         kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
         kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
         settings = {"KUBECONFIG": str(kubeconfig), **settings}
-        world = World(cluster, front.host, "worker", START, settings, Path(directory), process)
-        yield Scene(world, queue, api, front, replicas, wanted, at_end)
+        world = World(
+            cluster, queue, "worker", START, settings, Path(directory), process, front.host
+        )
+        yield Scene(world, api, front, replicas, wanted, at_end)
 
 
 @contextmanager

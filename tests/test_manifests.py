@@ -91,7 +91,7 @@ def installed(rbac: str, replicas: int) -> Iterator[tuple[FakeKubernetes, FakeFi
         annotations = {"example.com/owner": "team-a"}
         cluster.add_deployment(NAME, replicas=replicas, annotations=annotations)
         cluster.load_rbac(rbac)
-        world = World(cluster, queue.host, NAME, START)
+        world = World(cluster, queue, NAME, START)
         token = cluster.service_account("queue-scaler")
         kubeconfig = cluster.write_kubeconfig(world.directory / "service-account", token)
         world.settings = {**environment(), "KUBECONFIG": str(kubeconfig)}

@@ -11,7 +11,7 @@ import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from tests.support import kubernetes
-from tests.support.firestore import CountAs, EmptyStream, Fail, FakeFirestore, On
+from tests.support.firestore import CountAs, EmptyStream, Fail, On
 from tests.support.kubernetes import Match
 from tests.support.kubernetes_objects import Object
 from tests.support.world import BUSY, START, World
@@ -38,18 +38,16 @@ ABSENT: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", ABSENT.values(), ids=ABSENT)
-def test_what_a_deployment_lacks_has_its_default(
-    world: World, queue: FakeFirestore, change: Change
-) -> None:
-    queue.fill(5)
+def test_what_a_deployment_lacks_has_its_default(world: World, change: Change) -> None:
+    world.queue.fill(5)
     edit(world, change)
     run = world.run()
     assert (run.reason, run.record["current"], world.replicas) == ("ScaledUp", 1, 3), run
     assert set(world.annotations) == {"last-scale", "last-scale-time"}
 
 
-def test_other_peoples_huge_annotations_are_left_alone(world: World, queue: FakeFirestore) -> None:
-    queue.fill(5)
+def test_other_peoples_huge_annotations_are_left_alone(world: World) -> None:
+    world.queue.fill(5)
     huge = {"example.com/last-applied": "x" * 200_000, "queue-scaler/note": "ä\n" * 10_000}
     edit(world, lambda d: d["metadata"]["annotations"].update(huge))
     run = world.run(LOG_LEVEL="DEBUG")
@@ -58,11 +56,9 @@ def test_other_peoples_huge_annotations_are_left_alone(world: World, queue: Fake
     assert all(len(line) < 4000 for line in run.stdout.splitlines())
 
 
-def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(world: World) -> None:
     """The API server takes 256 KiB of annotations; a person has to make room."""
-    queue.fill(5)
+    world.queue.fill(5)
     full = {"example.com/full": "x" * (256 * 1024 - 100)}
     edit(world, lambda d: d["metadata"]["annotations"].update(full))
     run = world.run()
@@ -113,10 +109,8 @@ ODD_DEPLOYMENTS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("raw", ODD_DEPLOYMENTS.values(), ids=ODD_DEPLOYMENTS)
-def test_what_is_no_deployment_is_not_acted_on(
-    world: World, queue: FakeFirestore, raw: bytes
-) -> None:
-    queue.fill(5)
+def test_what_is_no_deployment_is_not_acted_on(world: World, raw: bytes) -> None:
+    world.queue.fill(5)
     world.cluster.fault(Match("get", "deployments"), kubernetes.body(raw), times=None)
     run = world.run(TIMEOUT_SECONDS="1")
     assert (run.exit_code, run.reason) == (1, "ClusterUnavailable"), run
@@ -129,20 +123,18 @@ def test_what_is_no_deployment_is_not_acted_on(
 )
 @pytest.mark.parametrize("answer", [CountAs(None), CountAs(-1), EmptyStream()], ids=str)
 def test_a_count_that_is_none_holds_the_replicas(
-    world: World, queue: FakeFirestore, answer: Any, doing: str, nth: int
+    world: World, answer: Any, doing: str, nth: int
 ) -> None:
     world.cluster.scale("worker", 3)
-    queue.fault(On("count", nth), answer)
+    world.queue.fault(On("count", nth), answer)
     run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
     assert (run.exit_code, run.reason, world.replicas) == (1, "QueueUnavailable", 3), run
     assert f"no usable count while {doing}" in run.record["message"], run
 
 
 @pytest.mark.parametrize("value", [1000, 1001, 2**31, 2**63 - 1])
-def test_a_count_beyond_the_limit_is_that_many_or_more(
-    world: World, queue: FakeFirestore, value: int
-) -> None:
-    queue.fault("count", CountAs(value))
+def test_a_count_beyond_the_limit_is_that_many_or_more(world: World, value: int) -> None:
+    world.queue.fault("count", CountAs(value))
     run = world.run()
     assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
     assert run.record["waitingCapped"] is True and "or more jobs waiting" in run.record["message"]
@@ -152,21 +144,17 @@ def test_a_count_beyond_the_limit_is_that_many_or_more(
 
 
 @pytest.mark.parametrize("minutes", [10, -10])
-def test_an_api_server_whose_clock_is_off_changes_nothing(
-    world: World, queue: FakeFirestore, minutes: int
-) -> None:
+def test_an_api_server_whose_clock_is_off_changes_nothing(world: World, minutes: int) -> None:
     world.cluster.store.clock = lambda: START + timedelta(minutes=minutes)
-    queue.fill(5)
+    world.queue.fill(5)
     assert [world.run().reason for _ in range(2)] == ["ScaledUp", "AtTarget"]
-    queue.clear()
+    world.queue.clear()
     run = world.run(SCALE_DOWN_STABILIZATION_SECONDS="0")
     assert run.reason == "ScaleDownCooldown" and "WARNING" not in run.stdout, run
 
 
-def test_a_failing_queue_by_another_clock_is_timed_afresh(
-    world: World, queue: FakeFirestore
-) -> None:
-    queue.fault("count", Fail(StatusCode.UNKNOWN))
+def test_a_failing_queue_by_another_clock_is_timed_afresh(world: World) -> None:
+    world.queue.fault("count", Fail(StatusCode.UNKNOWN))
     fallback = {"FALLBACK_REPLICAS": "2", "FALLBACK_AFTER_SECONDS": "120"}
     world.pass_time(600)
     assert world.run(**fallback).reason == "QueueUnavailable"

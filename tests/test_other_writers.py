@@ -10,7 +10,7 @@ import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from scaler import ANNOTATION
-from tests.support.firestore import Fail, FakeFirestore
+from tests.support.firestore import Fail
 from tests.support.kubernetes import Match
 from tests.support.world import Run, World
 
@@ -43,9 +43,9 @@ def set_replicas(world: World, replicas: int, manager: str, subresource: str = "
     ],
 )
 def test_another_master_is_noticed_and_named(
-    world: World, queue: FakeFirestore, manager: str, subresource: str, named: str
+    world: World, manager: str, subresource: str, named: str
 ) -> None:
-    queue.fill(3)
+    world.queue.fill(3)
     assert world.run().reason == "ScaledUp"
     set_replicas(world, 2, manager, subresource)
     run = world.run()
@@ -55,8 +55,8 @@ def test_another_master_is_noticed_and_named(
 
 
 @pytest.mark.parametrize("manager", ["kubectl", "kubectl-edit", "kubectl-scale", "kubectl-patch"])
-def test_a_persons_kubectl_is_no_master(world: World, queue: FakeFirestore, manager: str) -> None:
-    queue.fill(2)
+def test_a_persons_kubectl_is_no_master(world: World, manager: str) -> None:
+    world.queue.fill(2)
     for subresource in ("", "scale"):
         set_replicas(world, 1, "kubectl", "")
         set_replicas(world, 2, manager, subresource)
@@ -65,12 +65,12 @@ def test_a_persons_kubectl_is_no_master(world: World, queue: FakeFirestore, mana
 
 @pytest.mark.parametrize("scaled_before", [False, True])
 def test_whoever_created_the_deployment_or_writes_other_fields_is_no_master(
-    world: World, queue: FakeFirestore, scaled_before: bool
+    world: World, scaled_before: bool
 ) -> None:
     """Helm and CI write `replicas` once, and own the field until somebody changes it."""
     world.name, world.now = "created", None
     world.cluster.add_deployment("created", replicas=2, manager="helm")
-    queue.fill(2)
+    world.queue.fill(2)
     if scaled_before:
         later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
         world.cluster.annotate("created", **{ANNOTATION + "last-scale-time": later})
@@ -79,20 +79,16 @@ def test_whoever_created_the_deployment_or_writes_other_fields_is_no_master(
     assert warnings(world.run()) == []
 
 
-def test_the_other_one_is_named_even_where_the_queue_cannot_be_read(
-    world: World, queue: FakeFirestore
-) -> None:
-    queue.fault("count", Fail(StatusCode.UNKNOWN))
+def test_the_other_one_is_named_even_where_the_queue_cannot_be_read(world: World) -> None:
+    world.queue.fault("count", Fail(StatusCode.UNKNOWN))
     set_replicas(world, 2, HPA)
     run = world.run()
     assert run.exit_code == 1 and len(warnings(run)) == 1, run
 
 
-def test_the_other_one_comes_in_between_reading_and_patching(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_the_other_one_comes_in_between_reading_and_patching(world: World) -> None:
     """Its write is a conflict, and the decision is made again on what it left."""
-    queue.fill(5)
+    world.queue.fill(5)
     world.cluster.hook(Match("patch", "deployments"), lambda _: set_replicas(world, 2, HPA))
     run = world.run()
     assert (run.exit_code, run.reason, run.record["current"]) == (0, "ScaledUp", 2), run

@@ -237,7 +237,7 @@ def cluster() -> Iterator[ForKubectl]:
 def world(cluster: ForKubectl, queue: FakeFirestore, tmp_path: Path) -> World:
     """Two jobs wait for the pages' Deployment."""
     queue.fill(2)
-    return World(cluster, queue.host, NAME, START, {"BUSY_FILTER": BUSY}, tmp_path)
+    return World(cluster, queue, NAME, START, {"BUSY_FILTER": BUSY}, tmp_path)
 
 
 def typed(text: str, world: World) -> subprocess.CompletedProcess[str]:

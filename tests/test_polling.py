@@ -13,7 +13,7 @@ import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
 from scaler import ANNOTATION
-from tests.support.firestore import Fail, FakeFirestore, Hang
+from tests.support.firestore import Fail, Hang
 from tests.support.kubernetes import Match
 from tests.support.world import Run, World
 
@@ -53,10 +53,8 @@ def test_without_an_interval_a_run_is_one_look(world: World) -> None:
     assert "looks" not in run.record and len(world.cluster.requests) == 1
 
 
-def test_a_scale_is_told_and_is_what_the_record_says_whatever_comes_after(
-    polling: World, queue: FakeFirestore
-) -> None:
-    before_look(polling, 2, lambda: queue.fill(2))
+def test_a_scale_is_told_and_is_what_the_record_says_whatever_comes_after(polling: World) -> None:
+    before_look(polling, 2, lambda: polling.queue.fill(2))
     run = polling.run()
     assert lines(run) == ["AtTarget", "ScaledUp", "AtTarget"], run
     assert (run.record["reason"], run.record["looks"]) == ("ScaledUp", 3), run
@@ -64,15 +62,15 @@ def test_a_scale_is_told_and_is_what_the_record_says_whatever_comes_after(
 
 
 def test_a_failure_and_a_recovery_are_told_and_the_exit_code_is_the_last_looks(
-    polling: World, queue: FakeFirestore
+    polling: World,
 ) -> None:
-    before_look(polling, 2, lambda: queue.fault("count", Fail(StatusCode.UNKNOWN)))
-    before_look(polling, 3, queue.heal)
+    before_look(polling, 2, lambda: polling.queue.fault("count", Fail(StatusCode.UNKNOWN)))
+    before_look(polling, 3, polling.queue.heal)
     run = polling.run()
     assert lines(run) == ["AtTarget", "QueueUnavailable", "AtTarget"], run
     assert (run.exit_code, run.record["reason"]) == (0, "AtTarget"), run
-    queue.fill(3)
-    before_look(polling, 3, lambda: queue.fault("count", Fail(StatusCode.UNKNOWN)))
+    polling.queue.fill(3)
+    before_look(polling, 3, lambda: polling.queue.fault("count", Fail(StatusCode.UNKNOWN)))
     run = polling.run()
     assert (run.exit_code, run.record["reason"]) == (1, "QueueUnavailable"), "the last one failed"
     assert polling.replicas == 3
@@ -86,32 +84,30 @@ def test_a_persons_annotation_counts_at_the_next_look(polling: World) -> None:
     assert polling.replicas == 7
 
 
-def test_nothing_is_kept_between_looks_but_the_annotations(
-    polling: World, queue: FakeFirestore
-) -> None:
+def test_nothing_is_kept_between_looks_but_the_annotations(polling: World) -> None:
     """A stamp that the first look wrote and a person removed does not come back."""
-    queue.fill(2)
+    polling.queue.fill(2)
     removed = {ANNOTATION + "last-scale-time": None}
     before_look(polling, 2, lambda: polling.cluster.annotate("worker", **removed))
-    before_look(polling, 2, lambda: queue.fill(3))
+    before_look(polling, 2, lambda: polling.queue.fill(3))
     run = polling.run()
     assert lines(run)[:2] == ["ScaledUp", "ScaledUp"] and polling.replicas == 3, run
 
 
 @pytest.mark.slow
-def test_a_queue_that_hangs_costs_one_look(polling: World, queue: FakeFirestore) -> None:
+def test_a_queue_that_hangs_costs_one_look(polling: World) -> None:
     polling.settings["TIMEOUT_SECONDS"] = "12"
-    before_look(polling, 1, lambda: queue.fault("count", Hang()))
-    before_look(polling, 2, queue.heal)
-    queue.fill(2)
+    before_look(polling, 1, lambda: polling.queue.fault("count", Hang()))
+    before_look(polling, 2, polling.queue.heal)
+    polling.queue.fill(2)
     run = polling.run()
     assert lines(run)[:2] == ["QueueUnavailable", "ScaledUp"], run
     assert 3 <= run.record["looks"] <= 8, "the looks that were late are left out"
 
 
 @pytest.mark.slow
-def test_two_polling_runs_at_once_scale_once(polling: World, queue: FakeFirestore) -> None:
-    queue.fill(3)
+def test_two_polling_runs_at_once_scale_once(polling: World) -> None:
+    polling.queue.fill(3)
     logs = [polling.directory / f"log-{number}" for number in range(2)]
     runs = [polling.start(log=log) for log in logs]
     for log, run in zip(logs, runs, strict=True):
@@ -121,10 +117,8 @@ def test_two_polling_runs_at_once_scale_once(polling: World, queue: FakeFirestor
 
 
 @pytest.mark.slow
-def test_sigterm_between_looks_ends_the_run_within_a_second_with_its_record(
-    polling: World, queue: FakeFirestore
-) -> None:
-    queue.fill(3)
+def test_sigterm_between_looks_ends_the_run_within_a_second_with_its_record(polling: World) -> None:
+    polling.queue.fill(3)
     polling.settings = {"POLLING_INTERVAL_SECONDS": "20", "TIMEOUT_SECONDS": "60"}
     log, patched = polling.directory / "log", threading.Event()
     polling.cluster.hook(Match("create", "events"), lambda _: patched.set(), when="after")

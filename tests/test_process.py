@@ -17,7 +17,6 @@ import pytest
 from kubernetes.client import ApiClient
 
 from scaler import ANNOTATION
-from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import Match, hang
 from tests.support.world import REPOSITORY, World
 
@@ -52,10 +51,10 @@ def closed_pipe() -> int:
 
 @pytest.mark.parametrize("kind", ["full", "closed pipe"])
 def test_a_run_that_cannot_write_its_line_ends_with_its_own_exit_code(
-    kind: str, process: World, queue: FakeFirestore, unwritable: int
+    kind: str, process: World, unwritable: int
 ) -> None:
     stdout = unwritable if kind == "full" else closed_pipe()
-    queue.fill(2)
+    process.queue.fill(2)
     assert start(process, stdout).wait(30) == 0
     assert process.replicas == 2
     assert start(process, stdout, MAX_REPLICAS="none").wait(30) == 2

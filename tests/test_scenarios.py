@@ -54,10 +54,8 @@ def test_the_guides_four_scenarios_one_after_the_other(emulated: World, jobs: Cl
     assert numbers == [3, 3, 3, 3, 3, 1, 1], "about 5 minutes after the jobs are done"
 
 
-def test_a_run_is_one_line_for_people_or_one_object_for_cloud_logging(
-    world: World, queue: FakeFirestore
-) -> None:
-    queue.fill(1)
+def test_a_run_is_one_line_for_people_or_one_object_for_cloud_logging(world: World) -> None:
+    world.queue.fill(1)
     line = world.run().stdout
     assert line.count("\n") == 1 and "AutoScaler default/worker AtTarget: 1 job waiting" in line
     entry = json.loads(world.run(LOG_FORMAT="json").stdout)
@@ -65,8 +63,8 @@ def test_a_run_is_one_line_for_people_or_one_object_for_cloud_logging(
     assert entry["reason"] == "AtTarget" and entry["waiting"] == 1
 
 
-def test_debug_shows_every_call_with_its_duration(world: World, queue: FakeFirestore) -> None:
-    queue.fill(2)
+def test_debug_shows_every_call_with_its_duration(world: World) -> None:
+    world.queue.fill(2)
     lines = world.run(LOG_LEVEL="DEBUG").stdout.splitlines()
     debug = "\n".join(line for line in lines if " DEBUG " in line)
     for call in ("GET /apis", "PATCH /apis", "POST /api/v1"):
@@ -74,11 +72,9 @@ def test_debug_shows_every_call_with_its_duration(world: World, queue: FakeFires
     assert re.search(r"counting waiting jobs took \d+\.\d{3} s: 2", debug), debug
 
 
-def test_no_more_jobs_are_counted_than_the_range_can_use(
-    world: World, queue: FakeFirestore
-) -> None:
+def test_no_more_jobs_are_counted_than_the_range_can_use(world: World) -> None:
     world.run(MAX_REPLICAS="600", JOBS_PER_POD="2")
-    assert [call.limit for call in queue.calls] == [1200]
+    assert [call.limit for call in world.queue.calls] == [1200]
 
 
 def test_inside_a_cluster_a_run_is_the_service_account_of_its_pod(
@@ -89,7 +85,7 @@ def test_inside_a_cluster_a_run_is_the_service_account_of_its_pod(
     monkeypatch.setattr(scaler, "SERVICE_ACCOUNT", account)
     with FakeKubernetes(tls=True) as cluster:
         cluster.add_deployment("worker", replicas=1)
-        world = World(cluster, queue.host, now=START, directory=tmp_path)
+        world = World(cluster, queue, now=START, directory=tmp_path)
         queue.fill(2)
         run = world.run(KUBECONFIG="", **cluster.write_service_account(account))
         assert (run.exit_code, run.record["namespace"], world.replicas) == (0, "default", 2), run

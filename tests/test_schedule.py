@@ -9,7 +9,6 @@ import pytest
 
 import scaler
 from scaler import ANNOTATION, Inputs, QueueLength, Settings, State, decide, parse_state
-from tests.support.firestore import FakeFirestore
 from tests.support.world import START, World
 
 NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs", "MAX_REPLICAS": "9"}
@@ -136,10 +135,8 @@ PAUSES = {"paused": "true", "paused-replicas": "7", "paused-scale-out": "true"}
 
 
 @pytest.mark.parametrize(("name", "value"), PAUSES.items())
-def test_a_pause_ends_by_itself_and_without_a_write(
-    name: str, value: str, world: World, queue: FakeFirestore
-) -> None:
-    queue.fill(3)
+def test_a_pause_ends_by_itself_and_without_a_write(name: str, value: str, world: World) -> None:
+    world.queue.fill(3)
     annotations = {name: value, "paused-until": "2026-01-01T09:05:00+09:00"}
     world.cluster.annotate("worker", **{ANNOTATION + k: v for k, v in annotations.items()})
     run = world.run()

@@ -15,7 +15,7 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 from kubernetes.client import ApiClient
 
 from tests.support import kubernetes
-from tests.support.firestore import Fail, FakeFirestore
+from tests.support.firestore import Fail
 from tests.support.kubernetes import FakeKubernetes, Match
 from tests.support.world import BUSY, Run, World
 
@@ -70,8 +70,8 @@ def run_with(world: World, config: Mapping[str, Any] | str) -> Run:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_run_that_scales(world: World, queue: FakeFirestore, log_format: str) -> None:
-    queue.fill(5)
+def test_a_run_that_scales(world: World, log_format: str) -> None:
+    world.queue.fill(5)
     run = world.run(LOG_FORMAT=log_format, BUSY_FILTER=BUSY)
     assert run.reason == "ScaledUp", run
     check(world, run)
@@ -87,9 +87,9 @@ def test_an_answer_that_repeats_the_request_headers(world: World, status: int) -
         check(world, world.run(TIMEOUT_SECONDS="1"))
 
 
-def test_a_queue_that_fails(world: World, queue: FakeFirestore) -> None:
+def test_a_queue_that_fails(world: World) -> None:
     refused = f"refused: authorization: Bearer {TOKEN}"
-    queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, refused))
+    world.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, refused))
     check(world, world.run())
 
 

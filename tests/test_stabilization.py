@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import scaler
 from scaler import Inputs, QueueLength, Settings, decide
-from tests.support.firestore import FakeFirestore
 from tests.support.world import START, World
 
 ANY_NUMBER = replace(
@@ -209,9 +208,7 @@ def test_a_paused_direction_keeps_no_history() -> None:
 @pytest.mark.parametrize(
     "damaged", ["3", "x:y", "1767225600:3,1767225660:1", '[{"at": 1}]', "1:-1"]
 )
-def test_a_damaged_history_is_warned_about_and_starts_afresh(
-    damaged: str, world: World, queue: FakeFirestore
-) -> None:
+def test_a_damaged_history_is_warned_about_and_starts_afresh(damaged: str, world: World) -> None:
     world.cluster.scale("worker", 3)
     world.cluster.annotate("worker", **{scaler.RECOMMENDATIONS: damaged})
     run = world.run()

@@ -129,8 +129,8 @@ def serve(pipe: Connection) -> None:
         cluster = stack.enter_context(FakeKubernetes(tls=True, seed=1))
         cluster.add_deployment("worker", replicas=PODS)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        environ = World(cluster, "", directory=directory).environment(BUSY_FILTER=BUSY)
         fakes = [stack.enter_context(FakeFirestore(f"bench-{jobs}")) for jobs in (FEW, MANY)]
+        environ = World(cluster, fakes[0], directory=directory).environment(BUSY_FILTER=BUSY)
         for jobs, fake in zip((FEW, MANY), fakes, strict=True):
             fake.fill(jobs)
             for pod in cluster.pods("worker"):

@@ -107,7 +107,7 @@ def stage(**settings: str) -> Iterator[Stage]:
         FakeFirestore(project=PROJECT) as queue,
     ):
         cluster.add_deployment(NAME, replicas=1)
-        world = World(cluster, queue.host, NAME, START, settings, Path(directory), process=True)
+        world = World(cluster, queue, NAME, START, settings, Path(directory), process=True)
         yield Stage(world, queue, clock)
 
 
@@ -288,7 +288,7 @@ def burst(screen: Screen) -> None:
         cluster.add_deployment(NAME, replicas=1)
         interval = str(BURST_INTERVAL_SECONDS)
         settings = {"POLLING_INTERVAL_SECONDS": interval, "TIMEOUT_SECONDS": "5"}
-        world = World(cluster, queue.host, NAME, None, settings, Path(directory))
+        world = World(cluster, queue, NAME, None, settings, Path(directory))
         screen.headline(
             f"6. Five jobs at once, with POLLING_INTERVAL_SECONDS={interval} and the real clock",
             "3 pods within seconds, not at the next minute: one run looks again and again.",

@@ -32,7 +32,7 @@ def main(interval: str, bursts: int) -> int:
     ):
         cluster.add_deployment("worker", replicas=1)
         queue.fill(1)
-        world = World(cluster, queue.host, settings=settings, directory=Path(name))
+        world = World(cluster, queue, settings=settings, directory=Path(name))
         run = world.start(log=Path(name) / "log")
         while not cluster.requests:
             time.sleep(0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from grpc import StatusCode  # type: ignore[import-untyped]
@@ -15,12 +14,8 @@ from tests.support.world import BUSY, PROJECT, REPOSITORY, START, Run, World
 NAME = "eventstorming-generator"
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(World):
     """The pages' Deployment, and a queue."""
-
-    world: World
-    queue: FakeFirestore
 
     def wait(self, jobs: int) -> None:
         """So many jobs wait, and nothing else is in the queue."""
@@ -29,33 +24,33 @@ class Situation:
 
     def annotate(self, **annotations: str | None) -> None:
         named = {f"queue-scaler/{key.replace('_', '-')}": v for key, v in annotations.items()}
-        self.world.cluster.annotate(NAME, **named)
+        self.cluster.annotate(NAME, **named)
 
     def roll_back(self, annotation: str, value: str) -> None:
         """As `kubectl rollout undo` puts an annotation back."""
-        self.world.cluster.annotate(NAME, "kubectl", **{annotation: value})
+        self.cluster.annotate(NAME, "kubectl", **{annotation: value})
 
     def queue_fails(self, fault: Fail, **settings: str) -> Run:
         self.queue.heal()
         self.queue.fault("count", fault)
-        return self.world.run(TIMEOUT_SECONDS="1", **settings)
+        return self.run(TIMEOUT_SECONDS="1", **settings)
 
     def without_permission(self) -> Run:
         """As the scaler's account, by a Role that names another Deployment."""
-        cluster = self.world.cluster
+        cluster = self.cluster
         cluster.load_rbac((REPOSITORY / "rbac.yaml").read_text().replace(NAME, "another"))
-        config = self.world.directory / "as-queue-scaler"
+        config = self.directory / "as-queue-scaler"
         cluster.write_kubeconfig(config, cluster.service_account("queue-scaler"))
-        return self.world.run(KUBECONFIG=str(config))
+        return self.run(KUBECONFIG=str(config))
 
     def without_credentials(self) -> Run:
-        environ = {**self.world.environment(), "NO_GCE_CHECK": "true"}
+        environ = {**self.environment(), "NO_GCE_CHECK": "true"}
         del environ["FIRESTORE_EMULATOR_HOST"]
-        return self.world.run_with(environ)
+        return self.run_with(environ)
 
     def all_busy(self) -> None:
         self.queue.clear()
-        for pod in self.world.cluster.pods(NAME):
+        for pod in self.cluster.pods(NAME):
             name = pod["metadata"]["name"]
             self.queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
 
@@ -72,7 +67,7 @@ REFUSED = (
 
 def nothing_works(it: Situation) -> Iterator[Run]:
     """Settings, rights, and servers that do not answer."""
-    run = it.world.run
+    run = it.run
     yield run(MIN_REPLICAS="-1", MAX_REPLICAS="three")
     yield run(MAX_REPLICA="5")
     yield run(DEPLOYMENT="worker")
@@ -85,18 +80,18 @@ def nothing_works(it: Situation) -> Iterator[Run]:
     for problem in (DENIED, UNAVAILABLE):
         yield it.queue_fails(problem, SCALE_UP_STEP="0", **FALLBACK)
         yield it.queue_fails(problem, **FALLBACK)
-        it.world.cluster.scale(NAME, 1)
+        it.cluster.scale(NAME, 1)
     it.queue.heal()
     it.wait(25)
-    it.world.cluster.fault(Match("patch"), answer(403, message=REFUSED))
+    it.cluster.fault(Match("patch"), answer(403, message=REFUSED))
     yield run(MAX_REPLICAS="25")
-    it.world.cluster.stop_listening()
+    it.cluster.stop_listening()
     yield run(TIMEOUT_SECONDS="1")
 
 
 def others_act(it: Situation) -> Iterator[Run]:
     """What people and other programs do to the Deployment."""
-    cluster, run = it.world.cluster, it.world.run
+    cluster, run = it.cluster, it.run
     it.annotate(paused="true", last_scale_time="yesterday")
     yield run()
     it.annotate(paused=None)
@@ -110,21 +105,21 @@ def others_act(it: Situation) -> Iterator[Run]:
 
 
 def jobs_come(it: Situation) -> Iterator[Run]:
-    run = it.world.run
+    run = it.run
     yield run()
     it.wait(5)
     yield run("--dry-run")
     yield run(SCALE_UP_STABILIZATION_SECONDS="60")
     yield run(SCALE_UP_STEP="0")
     yield run(SCALE_UP_STEP="1")
-    it.world.pass_time(60)
+    it.pass_time(60)
     yield run()
     it.wait(0)
     yield run(SCALE_DOWN_STABILIZATION_SECONDS="0")
 
 
 def jobs_end(it: Situation) -> Iterator[Run]:
-    run = it.world.run
+    run = it.run
     yield run()
     it.all_busy()
     yield run(BUSY_FILTER=BUSY)
@@ -137,14 +132,14 @@ def jobs_end(it: Situation) -> Iterator[Run]:
 
 
 def rollout(it: Situation) -> Iterator[Run]:
-    it.world.cluster.start_rollout(NAME, new_pods=1, old_pods=2)
+    it.cluster.start_rollout(NAME, new_pods=1, old_pods=2)
     it.all_busy()
-    yield it.world.run(BUSY_FILTER=BUSY, JOBS_PER_POD="2", **NO_WAITS)
+    yield it.run(BUSY_FILTER=BUSY, JOBS_PER_POD="2", **NO_WAITS)
 
 
 def first_scale(it: Situation) -> Iterator[Run]:
     it.wait(2)
-    yield it.world.run(BUSY_FILTER=BUSY)
+    yield it.run(BUSY_FILTER=BUSY)
 
 
 # With so many pods each.
@@ -161,6 +156,5 @@ def every_run(directory: Path) -> list[Run]:
         with FakeKubernetes(seed=1) as cluster, FakeFirestore(project=PROJECT) as queue:
             cluster.add_deployment(NAME, replicas=replicas)
             as_json = {"LOG_FORMAT": "json"}
-            world = World(cluster, queue.host, NAME, START, as_json, directory)
-            found += situation(Situation(world, queue))
+            found += situation(Situation(cluster, queue, NAME, START, as_json, directory))
     return found

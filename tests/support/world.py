@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import scaler
+from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -50,18 +51,20 @@ class Run:
 
 @dataclass
 class World:
-    """One cluster and one queue. `firestore` is the host and port of an emulator or a fake.
+    """One cluster and one queue. `firestore` is another host and port to find the queue at: a
+    proxy's, or the emulator's.
 
     `now` is the scaler's clock, moved by `pass_time`; None leaves the real one.
     """
 
     cluster: FakeKubernetes
-    firestore: str
+    queue: FakeFirestore
     name: str = "worker"
     now: datetime | None = None
     settings: dict[str, str] = field(default_factory=dict)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))
     process: bool = False
+    firestore: str = ""
 
     def environment(self, **settings: str) -> dict[str, str]:
         """What the container's environment would be, and nothing of this process's own."""
@@ -69,7 +72,7 @@ class World:
             "PATH": os.environ["PATH"],
             "HOME": str(self.directory),
             "KUBECONFIG": str(self.cluster.write_kubeconfig(self.directory / "kubeconfig")),
-            "FIRESTORE_EMULATOR_HOST": self.firestore,
+            "FIRESTORE_EMULATOR_HOST": self.firestore or self.queue.host,
             "FIRESTORE_PROJECT": PROJECT,
             "DEPLOYMENT": self.name,
             "QUEUE_COLLECTION": "jobs",
