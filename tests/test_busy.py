@@ -33,6 +33,7 @@ EAGER = {
 }
 PATCHED_POD, PATCHED_DEPLOYMENT = Match("patch", "pods"), Match("patch", "deployments")
 SECOND_LOOK = On("query", nth=2)
+Either = tuple[World, Queue]
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def world(world: World) -> World:
 
 
 @pytest.fixture
-def either(world: World, any_queue: Queue) -> tuple[World, Queue]:
+def either(world: World, any_queue: Queue) -> Either:
     """The same world, its queue once the fake and once the official emulator."""
     world.firestore = any_queue.host
     return world, any_queue
@@ -93,9 +94,7 @@ def asked(world: World) -> list[str]:
 # --- What counts as busy --------------------------------------------------------------------------
 
 
-def test_no_waiting_and_three_running_jobs_keep_the_three_pods_that_work(
-    either: tuple[World, Queue],
-) -> None:
+def test_no_waiting_and_three_running_jobs_keep_three_pods(either: Either) -> None:
     world, jobs = either
     busy = live(world)[1:4]
     hold(jobs, [*busy, "worker-of-last-week"])
@@ -135,9 +134,7 @@ def test_a_selector_may_have_expressions_of_every_operator(world: World) -> None
     assert listed.query == {"labelSelector": expected}
 
 
-def test_pods_of_others_with_the_same_labels_neither_count_nor_stand_in_the_way(
-    world: World,
-) -> None:
+def test_pods_of_others_with_the_same_labels_are_left_alone(world: World) -> None:
     """One of a Job, one that somebody made by hand, and a canary: a Deployment whose pods this
     one's selector takes in."""
     busy = live(world)[1]
@@ -179,7 +176,7 @@ def test_a_scale_down_never_goes_below_the_busy_pods(
 
 
 @pytest.mark.parametrize(("ordered", "killed"), [(3, 0), (2, 1), (0, 3)])
-def test_an_order_of_paused_replicas_is_met_exactly_and_idle_pods_go_first(
+def test_an_order_is_met_exactly_and_idle_pods_go_first(
     world: World, ordered: int, killed: int
 ) -> None:
     busy = live(world)[:3]
@@ -236,9 +233,7 @@ def test_a_scale_down_waits_where_it_would_take_more_than_one_mark_a_pod(world: 
 
 
 @pytest.mark.parametrize("order", [None, "2"])
-def test_a_pod_that_finishes_while_another_claims_costs_neither_of_the_busy_ones(
-    world: World, order: str | None
-) -> None:
+def test_one_pod_finishes_while_another_claims(world: World, order: str | None) -> None:
     """The one that finished still carries the mark, and would outlive the others by its age. It
     goes at the next look or, where a person orders the number, at once."""
     world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": order})
@@ -303,9 +298,7 @@ WEAK: dict[str, Object] = {
 
 
 @pytest.mark.parametrize("state", WEAK.values(), ids=WEAK.keys())
-def test_a_busy_pod_that_would_go_before_idle_ones_keeps_them_all(
-    world: World, state: Object
-) -> None:
+def test_a_busy_pod_that_would_go_first_keeps_them_all(world: World, state: Object) -> None:
     busy, same, lower, *ready = live(world)
     hold(world.queue, [busy])
     world.cluster.set_pod(busy, **state)
@@ -341,9 +334,7 @@ def test_waiting_and_busy_jobs_are_counted_at_one_moment(world: World) -> None:
 # --- What it costs --------------------------------------------------------------------------------
 
 
-def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts_for_thirty_pods(
-    world: World,
-) -> None:
+def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts(world: World) -> None:
     world.cluster.scale("worker", 30)
     hold(world.queue, live(world))
     run = world.run(MAX_REPLICAS="30")
@@ -358,9 +349,7 @@ def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts_for_thirty_po
     [{"SCALE_DOWN_COOLDOWN_SECONDS": "300"}, {"SCALE_DOWN_STABILIZATION_SECONDS": "300"}],
     ids=["cooldown", "stabilization"],
 )
-def test_no_document_is_read_and_no_pod_marked_while_a_scale_down_waits(
-    world: World, wait: dict[str, str]
-) -> None:
+def test_while_a_scale_down_waits_no_pod_is_marked(world: World, wait: dict[str, str]) -> None:
     hold(world.queue, live(world)[:2])
     world.cluster.annotate("worker", **{"queue-scaler/last-scale-time": START.isoformat()})
     run = world.run(**wait)
@@ -402,7 +391,7 @@ FILTERS: dict[str, tuple[list[object], Object, Object]] = {
 
 @pytest.mark.parametrize(("condition", "matching", "other"), FILTERS.values(), ids=FILTERS)
 def test_a_busy_filter_may_compare(
-    either: tuple[World, Queue], condition: list[object], matching: Object, other: Object
+    either: Either, condition: list[object], matching: Object, other: Object
 ) -> None:
     """With a list of three beside it: lists share the limit of thirty with the pods' names."""
     world, jobs = either
@@ -418,9 +407,7 @@ def test_a_busy_filter_may_compare(
 
 
 @pytest.mark.parametrize("name", ["worker.pod", "worker.`pod-name`"])
-def test_the_pods_name_may_lie_deeper_in_the_document(
-    either: tuple[World, Queue], name: str
-) -> None:
+def test_the_pods_name_may_lie_deeper(either: Either, name: str) -> None:
     world, jobs = either
     busy = live(world)[3]
     inner = name.removeprefix("worker.").strip("`")

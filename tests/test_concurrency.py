@@ -84,9 +84,7 @@ def test_runs_at_once_write_a_failing_queue_down_once(world: World) -> None:
     assert len(applied) == 2, "one for the time, one for the scale"
 
 
-def test_every_writer_in_between_is_a_conflict_and_the_decision_is_made_afresh(
-    world: World,
-) -> None:
+def test_after_every_conflict_the_decision_is_made_afresh(world: World) -> None:
     """The controllers' status writes, which come between the read and the patch."""
     world.queue.fill(5)
     numbers = itertools.count()

@@ -207,9 +207,7 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize(("name", "row"), SENTENCES.items(), ids=SENTENCES)
-def test_each_outcome_says_what_was_seen_and_what_was_done(
-    name: str, row: tuple[Settings, Inputs, str]
-) -> None:
+def test_each_outcome_in_words(name: str, row: tuple[Settings, Inputs, str]) -> None:
     settings, seen, sentence = row
     decision = decide(settings, seen)
     assert (decision.reason, decision.message) == (name.split()[0], sentence)
@@ -276,9 +274,7 @@ def replicas_after(settings: Settings, seen: Inputs) -> int:
 
 
 @given(settings_drawn, situations)
-def test_a_decision_moves_towards_the_range_and_stays_in_it(
-    settings: Settings, seen: Inputs
-) -> None:
+def test_a_decision_moves_to_the_range_and_stays_in_it(settings: Settings, seen: Inputs) -> None:
     replicas = replicas_after(settings, seen)
     low, high = settings.min_replicas, settings.max_replicas
     if replicas != seen.current:
@@ -294,9 +290,7 @@ def test_a_scale_down_never_goes_below_the_busy_pods(settings: Settings, seen: I
 
 
 @given(settings_drawn, situations, st.integers(1, 50))
-def test_more_waiting_jobs_never_mean_fewer_pods(
-    settings: Settings, seen: Inputs, more: int
-) -> None:
+def test_more_jobs_never_mean_fewer_pods(settings: Settings, seen: Inputs, more: int) -> None:
     assert seen.queue
     longer = replace(seen, queue=replace(seen.queue, waiting=seen.queue.waiting + more))
     assert replicas_after(settings, longer) >= replicas_after(settings, seen)
@@ -329,9 +323,7 @@ FALLBACK = replace(SETTINGS, max_replicas=9, fallback_replicas=5)
 
 
 @given(situations, st.integers(0, 20), st.integers(0, 400))
-def test_an_unreadable_queue_never_removes_a_pod(
-    seen: Inputs, fallback: int, failing_seconds: int
-) -> None:
+def test_an_unread_queue_removes_no_pod(seen: Inputs, fallback: int, failing_seconds: int) -> None:
     settings = replace(SETTINGS, max_replicas=20, fallback_replicas=fallback)
     seen = replace(seen, state=remembered(failing(failing_seconds)))
     decision = scaler.without_queue(settings, seen, NO_ANSWER)
@@ -381,9 +373,7 @@ UNREADABLE = {
 @pytest.mark.parametrize(
     ("settings", "seen", "replicas", "line"), UNREADABLE.values(), ids=UNREADABLE
 )
-def test_while_the_queue_cannot_be_read(
-    settings: Settings, seen: Inputs, replicas: int, line: str
-) -> None:
+def test_without_the_queue(settings: Settings, seen: Inputs, replicas: int, line: str) -> None:
     problem = scaler.QueueFailure("QueueUnavailable", "no answer", exit_code=2)
     decision = scaler.without_queue(settings, seen, problem)
     assert (decision.replicas, f"{decision.reason}: {decision.message}") == (replicas, line)

@@ -468,9 +468,7 @@ def test_a_change_is_allowed_of_exactly_these_fields(resource: str) -> None:
 
 
 @pytest.mark.parametrize("case", ACCOUNTS, ids=str)
-def test_it_holds_for_the_labelled_and_lets_no_other_account_scale(
-    case: forbidden.Someone,
-) -> None:
+def test_it_holds_for_the_labelled_and_lets_no_other_account_scale(case: forbidden.Someone) -> None:
     accounts: dict[bool, list[str]] = {True: ["another"], False: ["default"]}
     if case.here:
         accounts[case.labelled].append(case.name)

@@ -122,9 +122,7 @@ def test_what_is_no_deployment_is_not_acted_on(world: World, raw: bytes) -> None
     ("doing", "nth"), [("counting waiting jobs", 1), ("counting busy jobs", 2)]
 )
 @pytest.mark.parametrize("answer", [CountAs(None), CountAs(-1), EmptyStream()], ids=str)
-def test_a_count_that_is_none_holds_the_replicas(
-    world: World, answer: Any, doing: str, nth: int
-) -> None:
+def test_a_count_that_is_none_holds(world: World, answer: Any, doing: str, nth: int) -> None:
     world.cluster.scale("worker", 3)
     world.queue.fault(On("count", nth), answer)
     run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")

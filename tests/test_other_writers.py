@@ -64,9 +64,7 @@ def test_a_persons_kubectl_is_no_master(world: World, manager: str) -> None:
 
 
 @pytest.mark.parametrize("scaled_before", [False, True])
-def test_whoever_created_the_deployment_or_writes_other_fields_is_no_master(
-    world: World, scaled_before: bool
-) -> None:
+def test_whoever_created_it_is_no_master(world: World, scaled_before: bool) -> None:
     """Helm and CI write `replicas` once, and own the field until somebody changes it."""
     world.name, world.now = "created", None
     world.cluster.add_deployment("created", replicas=2, manager="helm")

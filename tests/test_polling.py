@@ -53,7 +53,7 @@ def test_without_an_interval_a_run_is_one_look(world: World) -> None:
     assert "looks" not in run.record and len(world.cluster.requests) == 1
 
 
-def test_a_scale_is_told_and_is_what_the_record_says_whatever_comes_after(polling: World) -> None:
+def test_a_scale_is_told_and_is_what_the_record_says(polling: World) -> None:
     before_look(polling, 2, lambda: polling.queue.fill(2))
     run = polling.run()
     assert lines(run) == ["AtTarget", "ScaledUp", "AtTarget"], run
@@ -61,9 +61,7 @@ def test_a_scale_is_told_and_is_what_the_record_says_whatever_comes_after(pollin
     assert (run.record["current"], run.record["replicas"], polling.replicas) == (1, 2, 2)
 
 
-def test_a_failure_and_a_recovery_are_told_and_the_exit_code_is_the_last_looks(
-    polling: World,
-) -> None:
+def test_a_failure_and_a_recovery_are_told(polling: World) -> None:
     before_look(polling, 2, lambda: polling.queue.fault("count", Fail(StatusCode.UNKNOWN)))
     before_look(polling, 3, polling.queue.heal)
     run = polling.run()

@@ -50,9 +50,7 @@ def closed_pipe() -> int:
 
 
 @pytest.mark.parametrize("kind", ["full", "closed pipe"])
-def test_a_run_that_cannot_write_its_line_ends_with_its_own_exit_code(
-    kind: str, process: World, unwritable: int
-) -> None:
+def test_a_line_that_cannot_be_written_is_lost(kind: str, process: World, unwritable: int) -> None:
     stdout = unwritable if kind == "full" else closed_pipe()
     process.queue.fill(2)
     assert start(process, stdout).wait(30) == 0
@@ -93,9 +91,7 @@ def silent_server() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_an_order_is_carried_out_while_googles_metadata_server_hangs(
-    process: World, silent_server: str
-) -> None:
+def test_an_order_waits_for_no_metadata_server(process: World, silent_server: str) -> None:
     environ = process.environment(GCE_METADATA_HOST=silent_server, TIMEOUT_SECONDS="10")
     del environ["FIRESTORE_EMULATOR_HOST"]
     process.cluster.annotate("worker", **{ANNOTATION + "paused-replicas": "2"})

@@ -35,9 +35,7 @@ TRANSITIONS = [
 
 
 @pytest.mark.parametrize(("zone", "change", "before", "after"), TRANSITIONS)
-def test_the_hours_keep_to_local_time_around_each_change(
-    zone: str, change: str, before: int, after: int
-) -> None:
+def test_the_hours_keep_to_local_time(zone: str, change: str, before: int, after: int) -> None:
     """Each minute of two days around it, for hours that begin and end within the change."""
     instant = at(change)
     for hours, begin, end in (("01:30-02:30", 90, 150), ("02:00-03:00", 120, 180)):
@@ -82,9 +80,7 @@ def test_every_minute_of_a_year() -> None:
         ("sat 10:00-11:00", "2026-11-21T10:30", "2026-11-22T10:30"),
     ],
 )
-def test_the_hours_begin_with_their_first_minute_and_end_before_their_last(
-    hours: str, inside: str, outside: str
-) -> None:
+def test_the_hours_begin_and_end_to_the_minute(hours: str, inside: str, outside: str) -> None:
     settings = scheduled(f"4 {hours} UTC")
     assert settings.minimum(at(inside)) == (4, f"SCHEDULED_MIN_REPLICAS=4 {hours} UTC")
     assert settings.minimum(at(outside)) == (1, "MIN_REPLICAS=1")

@@ -247,9 +247,7 @@ def test_credentials_that(world: World, content: str, in_place_of_the_path: bool
     "secret", [PEM, account(), f"Bearer {TOKEN}"], ids=["key", "file", "login"]
 )
 @pytest.mark.parametrize("variable", ["DEPLOYMENT", "NAMESPACE", "MAX_REPLICAS", "WAITING_FILTER"])
-def test_a_secret_that_landed_in_the_wrong_variable(
-    world: World, variable: str, secret: str
-) -> None:
+def test_a_secret_in_the_wrong_variable(world: World, variable: str, secret: str) -> None:
     """Wrong values are shown, as the contract has it, but not what is plainly a secret."""
     run = world.run(**{variable: secret})
     assert run.exit_code == 2, run

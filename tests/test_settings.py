@@ -151,9 +151,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("variable", "value", "expected"), WRONG)
-def test_a_wrong_value_is_named_with_its_variable_and_what_is_accepted(
-    variable: str, value: str, expected: str
-) -> None:
+def test_a_wrong_value_is_named(variable: str, value: str, expected: str) -> None:
     message = problems(**{variable: value})
     assert message.startswith(f"{variable}=") or message.startswith(f"{variable}:")
     assert expected in f"{message}\n"
@@ -191,9 +189,7 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("variable", "value", "parsed"), ACCEPTED)
-def test_what_is_accepted_is_read_to_the_ends_of_its_range(
-    variable: str, value: str, parsed: object
-) -> None:
+def test_what_is_accepted_is_read(variable: str, value: str, parsed: object) -> None:
     settings = scaler.read_settings({**NEEDED, variable: value})
     assert getattr(settings, variable.lower()) == parsed
 
@@ -295,9 +291,7 @@ TYPOS = {
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
-def test_a_variable_that_is_nearly_one_of_ours_is_warned_about(
-    typo: str, meant: str, world: World
-) -> None:
+def test_a_misspelled_variable_is_warned_about(typo: str, meant: str, world: World) -> None:
     run = world.run(**{typo: "2"})
     warning = f"WARNING AutoScaler {typo} is not a variable of the scaler: is {meant} meant?\n"
     assert run.exit_code == 0 and warning in run.stdout, run

@@ -139,9 +139,7 @@ def test_after_a_pause_longer_than_the_window_it_starts_afresh(pause: int) -> No
 
 
 @pytest.mark.parametrize("gap", [60, 300, 301, 600, 3600])
-def test_looks_that_are_always_further_apart_than_the_window_do_not_hold_for_ever(
-    gap: int,
-) -> None:
+def test_rare_looks_do_not_hold_for_ever(gap: int) -> None:
     ours = Scaler(ANY_NUMBER)
     start = int(START.timestamp())
     numbers = [ours.stabilize(start + gap * look, 3, 1) for look in range(6)]
@@ -159,9 +157,7 @@ def test_an_entry_as_old_as_its_window_lies_outside(age: int) -> None:
     ("gap", "since", "in_a_row"),
     [(60, 150, True), (60, 151, False), (200, 400, True), (200, 401, False)],
 )
-def test_looks_are_in_a_row_within_150_seconds_or_twice_their_gap(
-    gap: int, since: int, in_a_row: bool
-) -> None:
+def test_which_looks_are_in_a_row(gap: int, since: int, in_a_row: bool) -> None:
     """Only where they are does an empty window let the newest recommendation pass."""
     now = int(START.timestamp())
     ours = Scaler(windows_of(0, 50), f"{now - since - gap}:1 {now - since}:1")
