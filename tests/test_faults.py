@@ -44,25 +44,16 @@ AT_ONCE = 6  # cells played at the same time: most of a cell is waiting
 # ---------------------------------------------------------------------------------- the worlds
 
 
-@dataclass(frozen=True)
-class Scene:
+@dataclass(kw_only=True)
+class Scene(World):
     """A world about to scale from `before` to `after`, with a proxy in front of either server."""
 
-    world: World
-    api: ChaosProxy
-    firestore: ChaosProxy
     before: int
     after: int
+    api: ChaosProxy
+    front: ChaosProxy
     at_end: ExitStack
     busy_pod: str = ""
-
-    @property
-    def cluster(self) -> FakeKubernetes:
-        return self.world.cluster
-
-    @property
-    def queue(self) -> FakeFirestore:
-        return self.world.queue
 
 
 @contextmanager
@@ -78,11 +69,12 @@ def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Itera
         cluster.add_deployment("worker", replicas=replicas)
         kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
         kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
-        settings = {"KUBECONFIG": str(kubeconfig), **settings}
-        world = World(
-            cluster, queue, "worker", START, settings, Path(directory), process, front.host
-        )
-        yield Scene(world, api, front, replicas, wanted, at_end)
+        scene = Scene(
+            cluster, queue, "worker", START, {"KUBECONFIG": str(kubeconfig), **settings},
+            before=replicas, after=wanted, api=api, front=front, at_end=at_end,
+        )  # fmt: skip
+        scene.directory, scene.process, scene.firestore = Path(directory), process, front.host
+        yield scene
 
 
 @contextmanager
@@ -90,10 +82,10 @@ def scaling_down(process: bool = False, **settings: str) -> Iterator[Scene]:
     """Three pods, one busy, nothing waiting: the run that makes every call there is."""
     more = {"BUSY_FILTER": BUSY, "SCALE_DOWN_STABILIZATION_SECONDS": "0", **settings}
     with servers(3, 1, process, **more) as scene:
-        busy_pod = str(scene.cluster.pods("worker")[0]["metadata"]["name"])
-        job = {"status": "processing", "assignedPodId": busy_pod}
+        scene.busy_pod = str(scene.cluster.pods("worker")[0]["metadata"]["name"])
+        job = {"status": "processing", "assignedPodId": scene.busy_pod}
         scene.queue.put(f"jobs/{'a-long-name' * 100}", job)  # an answer that can break in two
-        yield replace(scene, busy_pod=busy_pod)
+        yield scene
 
 
 @contextmanager
@@ -333,7 +325,7 @@ def strike(scene: Scene, call: Call, fault: str, times: int | None = None) -> No
     """Let a call meet a fault, so many times, or always."""
     on = call.on
     if fault in FIRST_FAULTS:
-        FIRST_FAULTS[fault](scene.api if isinstance(on, Match) else scene.firestore)
+        FIRST_FAULTS[fault](scene.api if isinstance(on, Match) else scene.front)
     elif isinstance(on, Match):
         strike_cluster(scene, on, fault, times)
     elif call.after_marking:
@@ -359,8 +351,8 @@ def strike_cluster(scene: Scene, on: Match, fault: str, times: int | None) -> No
 def strike_queue(scene: Scene, on: On, fault: str, times: int | None) -> None:
     def misbehave(_: firestore.Call) -> None:
         if times:
-            pass_over(scene, scene.firestore)
-        NETWORK_FAULTS[fault](scene.firestore)
+            pass_over(scene, scene.front)
+        NETWORK_FAULTS[fault](scene.front)
 
     if fault in NETWORK_FAULTS:
         scene.queue.hook(on, misbehave, times=times and 1)
@@ -385,7 +377,7 @@ def told(run: Run) -> str:
 
 def check(scene: Scene, run: Run, ending: str, budget_seconds: float) -> None:
     """What every ending has in common."""
-    record, replicas, scales = run.record, scene.world.replicas, scene.cluster.scales
+    record, replicas, scales = run.record, scene.replicas, scene.cluster.scales
     told(run)
     assert "Traceback" not in run.stdout, run
     assert scene.cluster.admin_token not in run.stdout + json.dumps(record), "a token was written"
@@ -420,7 +412,7 @@ def play(index: int) -> None:
     process = cell.fault.startswith("drips")
     with call.world(process, TIMEOUT_SECONDS=str(cell.budget_seconds)) as scene:
         strike(scene, call, cell.fault, 2 if cell.passing else None)
-        run: Run = scene.world.run()
+        run: Run = scene.run()
         reached = cell.fault in FIRST_FAULTS or call.made(scene)
         assert reached, f"it did not get as far as the fault\n{run}"
         check(scene, run, cell.ending, cell.budget_seconds)
@@ -439,15 +431,15 @@ def check_next_run(scene: Scene) -> None:
     """Without the fault, the next minute brings what the last one could not; nothing twice."""
     scene.cluster.clear_faults()
     scene.queue.heal()
-    for proxy in (scene.api, scene.firestore):
+    for proxy in (scene.api, scene.front):
         proxy.become("pass")
         proxy.reset()
-    scene.world.process = False
-    scene.world.pass_time()
-    run = scene.world.run(TIMEOUT_SECONDS=str(LONG_SECONDS))
+    scene.process = False
+    scene.pass_time()
+    run = scene.run(TIMEOUT_SECONDS=str(LONG_SECONDS))
     told(run)
     assert run.exit_code == 0, run
-    assert (scene.world.replicas, run.record["replicas"]) == (scene.after, scene.after), run
+    assert (scene.replicas, run.record["replicas"]) == (scene.after, scene.after), run
     assert len(scene.cluster.scales) == 1, run
     assert len(scene.cluster.events()) <= 1, run
     assert scene.busy_pod not in scene.cluster.deleted_pods, run
@@ -476,7 +468,7 @@ def test_a_fault(cell: Cell, endings: Mapping[Cell, Future[None]]) -> None:
 def test_a_patch_whose_answer_is_lost_is_looked_up_and_not_sent_again() -> None:
     with scaling_up() as scene:
         scene.cluster.fault(PATCH, kubernetes.reset(applied=True), times=None)
-        run = scene.world.run()
+        run = scene.run()
         check(scene, run, "succeeds", 45)
         assert len(scene.cluster.calls(PATCH)) == 1
         assert len(scene.cluster.calls(GET)) == 2
@@ -486,10 +478,10 @@ def test_a_lost_answer_and_then_another_hand_leave_one_scale_of_ours() -> None:
     with scaling_up() as scene:
         scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
         scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 2), "after")
-        run = scene.world.run()
+        run = scene.run()
         told(run)
         assert run.reason == "ScaleUpCooldown", run
-        assert (run.record["replicas"], scene.world.replicas) == (2, 2), run
+        assert (run.record["replicas"], scene.replicas) == (2, 2), run
         assert [scale.manager for scale in scene.cluster.scales] == ["queue-scaler", "kubectl"]
 
 
@@ -507,7 +499,7 @@ def test_a_late_patch_and_its_repetition_scale_once() -> None:
 
         scene.cluster.fault(PATCH, kubernetes.answer(504))
         scene.cluster.hook(PATCH, carry_out, times=2)
-        run = scene.world.run()
+        run = scene.run()
         check(scene, run, "succeeds", 45)
         assert [call.status for call in scene.cluster.calls(PATCH)] == [504, 409]
 
@@ -517,7 +509,7 @@ def test_a_short_retry_after_is_waited_for() -> None:
         asked: list[float] = []
         scene.cluster.hook(PATCH, lambda _: asked.append(time.monotonic()), times=None)
         scene.cluster.fault(PATCH, kubernetes.answer(429, {"Retry-After": "1"}))
-        run = scene.world.run()
+        run = scene.run()
         check(scene, run, "succeeds", 45)
         assert asked[1] - asked[0] >= 1, run
 
@@ -532,14 +524,12 @@ def test_a_stream_that_breaks_after_some_documents_is_not_taken_for_the_whole() 
         scene.queue.put("jobs/z", {"status": "processing", "assignedPodId": last})
         scene.queue.hook(
             "query",
-            lambda _: scene.firestore.become(
-                "reset", after_bytes=scene.firestore.bytes_answered + 3000
-            ),
+            lambda _: scene.front.become("reset", after_bytes=scene.front.bytes_answered + 3000),
             times=1,
         )
-        run = scene.world.run(TIMEOUT_SECONDS=str(SHORT_SECONDS))
+        run = scene.run(TIMEOUT_SECONDS=str(SHORT_SECONDS))
         told(run)
-        assert scene.world.replicas == 3, run
+        assert scene.replicas == 3, run
         assert run.reason in ("WorkersBusy", "QueueUnavailable"), run
 
 
@@ -548,8 +538,8 @@ def test_a_stream_that_breaks_after_some_documents_is_not_taken_for_the_whole() 
 
 def terminate(scene: Scene, call: Call, times: int = 1, by: int = signal.SIGTERM) -> Run:
     """A run that gets the signal as soon as it has made this call so many times."""
-    log = scene.world.directory / "termination-log"
-    process = scene.world.start(log=log)
+    log = scene.directory / "termination-log"
+    process = scene.start(log=log)
     while not call.made(scene, times):
         assert process.poll() is None, "the run never got there"
         time.sleep(0.02)
@@ -574,13 +564,13 @@ def test_sigterm_ends_a_run_at_once_with_what_was_under_way(call: Call) -> None:
             assert f"SIGTERM while {call.doing}" in line, run
             assert run.record["action"] == "none", run
             assert run.record["replicas"] == (None if call in (READ, DOWN, UP) else scene.before)
-            assert scene.world.replicas == scene.before, run
+            assert scene.replicas == scene.before, run
 
 
 def check_scaled(scene: Scene, run: Run) -> None:
     """What was done before the run broke off is told as it is."""
     assert run.record["action"] == ("scale-up" if scene.after > scene.before else "scale-down")
-    assert run.record["replicas"] == scene.world.replicas == scene.after, run
+    assert run.record["replicas"] == scene.replicas == scene.after, run
     assert len(scene.cluster.scales) == 1, run
 
 
@@ -605,13 +595,13 @@ def test_sigterm_after_a_patch_whose_answer_was_lost_claims_nothing() -> None:
 @pytest.mark.slow
 def test_a_login_helper_that_hangs_is_cut_off_by_the_budget() -> None:
     with scaling_up(process=True, TIMEOUT_SECONDS="2") as scene:
-        kubeconfig = yaml.safe_load(Path(scene.world.settings["KUBECONFIG"]).read_text())
+        kubeconfig = yaml.safe_load(Path(scene.settings["KUBECONFIG"]).read_text())
         helper = {"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never"}
         user = {"exec": {**helper, "command": "sleep", "args": ["60"]}}
         kubeconfig["users"][0]["user"] = user
-        path = scene.world.directory / "with-login-helper"
+        path = scene.directory / "with-login-helper"
         path.write_text(yaml.safe_dump(kubeconfig))
-        run = scene.world.run(KUBECONFIG=str(path))
+        run = scene.run(KUBECONFIG=str(path))
         assert run.exit_code == 1 and run.seconds <= 4, run
         assert "out of time (TIMEOUT_SECONDS=2) while loading the Kubernetes client" in told(run)
 
@@ -636,11 +626,11 @@ def test_a_crash_before_the_patch_changes_nothing(
 ) -> None:
     monkeypatch.setattr(where, name, crash)
     with scaling_down() as scene:
-        run = scene.world.run()
+        run = scene.run()
         assert run.exit_code == 1, run
         assert "Traceback" in run.stdout and "internal error" in told(run), run
         assert "ZeroDivisionError: made by the test" in run.record["message"], run
-        assert (run.record["action"], scene.world.replicas) == ("none", 3), run
+        assert (run.record["action"], scene.replicas) == ("none", 3), run
         assert scene.cluster.scales == []
 
 
@@ -653,7 +643,7 @@ def test_a_crash_after_the_patch_does_not_deny_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ApiClient, "call_api", crash_at_the_event)
     with scaling_down() as scene:
-        run = scene.world.run()
+        run = scene.run()
         assert run.exit_code == 1 and "Traceback" in run.stdout, run
         check_scaled(scene, run)
 
@@ -661,19 +651,19 @@ def test_a_crash_after_the_patch_does_not_deny_it(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_a_module_that_cannot_be_imported_is_a_crash_like_any_other() -> None:
     with scaling_up(process=True) as scene:
-        (scene.world.directory / "tenacity.py").write_text("raise RuntimeError('half installed')")
-        run = scene.world.run(PYTHONPATH=str(scene.world.directory))
+        (scene.directory / "tenacity.py").write_text("raise RuntimeError('half installed')")
+        run = scene.run(PYTHONPATH=str(scene.directory))
         assert run.exit_code == 1 and "half installed" in told(run), run
-        assert scene.world.replicas == 1
+        assert scene.replicas == 1
 
 
 @pytest.mark.slow
 def test_a_termination_log_that_hangs_does_not_hold_the_run_up() -> None:
     with scaling_up(process=True, TIMEOUT_SECONDS="2") as scene:
-        log = scene.world.directory / "a-pipe-that-nobody-reads"
+        log = scene.directory / "a-pipe-that-nobody-reads"
         os.mkfifo(log)
         begun = time.monotonic()
-        process = scene.world.start(log=log)
+        process = scene.start(log=log)
         stdout, _ = process.communicate(timeout=60)
         assert "ScaledUp" in stdout
         assert time.monotonic() - begun < 2 + 2 + 1
@@ -688,10 +678,10 @@ def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | No
     """Exit code, reason and replicas of one run a minute while the queue is unreadable."""
     ends = []
     for _ in range(minutes):
-        run = scene.world.run()
+        run = scene.run()
         told(run)
-        ends.append((run.exit_code, run.reason, scene.world.replicas))
-        scene.world.pass_time()
+        ends.append((run.exit_code, run.reason, scene.replicas))
+        scene.pass_time()
     return ends
 
 
@@ -699,18 +689,18 @@ def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back()
     with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as scene:
         scene.queue.fault("count", UNREADABLE)
         assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)]
-        assert scene.world.annotations == {"queue-failing-since": "2026-01-01T00:00:00Z"}
-        written = scene.world.resource_version
+        assert scene.annotations == {"queue-failing-since": "2026-01-01T00:00:00Z"}
+        written = scene.resource_version
         assert failing_minutes(scene, 2) == [(1, "QueueUnavailable", 1)] * 2
-        assert scene.world.resource_version == written, "the time is written once"
+        assert scene.resource_version == written, "the time is written once"
         assert failing_minutes(scene, 3) == [(1, "Fallback", 2)] * 3
         assert [(scale.before, scale.after) for scale in scene.cluster.scales] == [(1, 2)]
         assert len(scene.cluster.events()) == 1
-        assert scene.world.annotations["last-scale"] == "up 1->2"
+        assert scene.annotations["last-scale"] == "up 1->2"
         scene.queue.heal()
-        run = scene.world.run()
-        assert (run.exit_code, run.reason, scene.world.replicas) == (0, "ScaledUp", 3), run
-        assert "queue-failing-since" not in scene.world.annotations
+        run = scene.run()
+        assert (run.exit_code, run.reason, scene.replicas) == (0, "ScaledUp", 3), run
+        assert "queue-failing-since" not in scene.annotations
 
 
 def test_what_a_person_has_to_change_falls_back_too_and_still_says_so() -> None:
