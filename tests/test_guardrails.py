@@ -142,13 +142,6 @@ def deployment(**annotations: str) -> Object:
     return copy.deepcopy(merge(stored()["apps/deployments"], named))
 
 
-def pod(**owner: Any) -> Object:
-    """A pod of that Deployment, with changes to its reference to the ReplicaSet."""
-    pod = copy.deepcopy(stored()["/pods"])
-    pod["metadata"]["ownerReferences"][0] |= owner
-    return pod
-
-
 def patched(old: Object, body: Any) -> Object:
     """The object as admission sees it after a patch: the API server has done its part."""
     new: Object = json_patch(old, body) if isinstance(body, list) else merge(old, body)
@@ -175,11 +168,10 @@ CONNECTIONS = ("exec", "attach", "portforward")
 REAL_ONLY = (
     "Deployment: scale in CI's name", "a pod of nobody's: mark", "another Deployment: scale",
 )  # fmt: skip
-CORE, OLD_GROUP = "/api/v1/namespaces/default", "/apis/extensions/v1/namespaces/default"
+OLD_GROUP = f"/apis/extensions/v1/namespaces/default/deployments/{NAME}"
 MORE = (
-    Act("pod: resize", "PATCH", f"{CORE}/pods/own/resize", {}),
-    Act("Event: change", "PATCH", f"{CORE}/events/new", {}),
-    Act("Deployment: by another group", "PATCH", f"{OLD_GROUP}/deployments/{NAME}", {}),
+    Act("Event: change", "PATCH", "/api/v1/namespaces/default/events/new", {}),
+    Act("Deployment: by another group", "PATCH", OLD_GROUP, {}),
 )
 
 
@@ -254,16 +246,17 @@ def test_it_may_remove_the_last_annotation() -> None:
 
 
 def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
-    mark = forbidden.annotate(**{COST: "1"})
-    assert not refusals("/pods", pod(), patched(pod(), mark))
-    end = f"-{pod()['metadata']['labels'][TEMPLATE_HASH]}"
-    others = [
-        pod(name=OTHER + end), pod(name=f"{NAME}-canary{end}"), pod(name=f"{NAME}{len(end) * 'x'}"),
-        pod(kind="StatefulSet"), pod(apiVersion="example.com/v1"), pod(controller=False),
-        merge(pod(), {"metadata": {"ownerReferences": []}}),
+    metadata = stored()["/pods"]["metadata"]
+    end = f"-{metadata['labels'][TEMPLATE_HASH]}"
+    (owner,) = metadata["ownerReferences"]
+    others: list[Object] = [
+        {"name": OTHER + end}, {"name": f"{NAME}-canary{end}"}, {"name": NAME + len(end) * "x"},
+        {"kind": "StatefulSet"}, {"apiVersion": "example.com/v1"}, {"controller": False},
     ]  # fmt: skip
-    for each in others:
-        assert refusals("/pods", each, patched(each, mark)), each["metadata"]["ownerReferences"]
+    for owners in ([owner], [], *([owner | other] for other in others)):
+        pod = merge(stored()["/pods"], {"metadata": {"ownerReferences": owners}})
+        found = refusals("/pods", pod, patched(pod, forbidden.MARK))
+        assert (found == []) is (owners == [owner]), owners
 
 
 @pytest.mark.parametrize(
@@ -320,7 +313,7 @@ LABEL_X, LABEL_XY = keys("x", under="labels"), keys("x", "y", under="labels")
 OWN_AS_LABEL = keys(scaler.LAST_SCALE_TIME, under="labels")
 DEEPER: Object = {"f:template": {"f:spec": {"f:containers": {}}}}
 from_a, merged = partial(entry, "a"), partial(entry, "ancient-changes")
-own = partial(entry, "queue-scaler")
+mine = partial(entry, "queue-scaler")
 CI, PERSON = entry("ci", "Apply", spec=TEMPLATE), entry("kubectl-annotate", metadata=PAUSE)
 OLD = from_a(spec=TEMPLATE)
 
@@ -361,16 +354,16 @@ OLD = from_a(spec=TEMPLATE)
         ([from_a(metadata=LABEL_X)], [merged(metadata=LABEL_XY)], False),
         ([from_a(metadata=X)], [merged(metadata={**X, **LABEL_X})], False),
         ([from_a(metadata=X)], [merged(metadata=X, spec=TEMPLATE)], False),
-        ([], [own(metadata=keys(".", scaler.LAST_SCALE_TIME))], True),
-        ([], [own(status=REPLICAS)], False),
-        ([], [own(spec=TIME)], False),
-        ([], [own(metadata=OWN_AS_LABEL)], False),
-        ([], [own(spec={"f:replicas": TEMPLATE})], False),
-        ([], [own(metadata={"f:annotations": {"f:" + scaler.LAST_SCALE: X}})], False),
-        ([], [own(metadata=PAUSE)], False),
-        ([], [own("Apply", spec=REPLICAS)], False),
+        ([], [mine(metadata=keys(".", scaler.LAST_SCALE_TIME))], True),
+        ([], [mine(status=REPLICAS)], False),
+        ([], [mine(spec=TIME)], False),
+        ([], [mine(metadata=OWN_AS_LABEL)], False),
+        ([], [mine(spec={"f:replicas": TEMPLATE})], False),
+        ([], [mine(metadata={"f:annotations": {"f:" + scaler.LAST_SCALE: X}})], False),
+        ([], [mine(metadata=PAUSE)], False),
+        ([], [mine("Apply", spec=REPLICAS)], False),
         ([], [entry("queue-scaler/scale", spec=REPLICAS)], False),
-        ([own("Apply", spec=TEMPLATE)], [], False),
+        ([mine("Apply", spec=TEMPLATE)], [], False),
         ([entry("queue-scaler/status", spec=TEMPLATE)], [], False),
     ],
 )  # fmt: skip
@@ -378,22 +371,21 @@ def test_the_entries_of_others_may_lose_what_the_scaler_sets_and_nothing_else(
     before: list[Object], after: list[Object], allowed: bool
 ) -> None:
     old, new = deployment(), deployment()
-    after = [*after, own(spec=REPLICAS, metadata=TIME)]
+    after = [*after, mine(spec=REPLICAS, metadata=TIME)]
     old["metadata"]["managedFields"], new["metadata"]["managedFields"] = before, after
     assert (refusals("apps/deployments", old, new) == []) is allowed
 
 
 # The scaler's whole life, and every field that there is
 
-OWN_ANNOTATIONS = (
-    scaler.LAST_SCALE, scaler.LAST_SCALE_TIME, scaler.RECOMMENDATIONS, scaler.FAILING_SINCE,
-)  # fmt: skip
+OWN = (scaler.LAST_SCALE, scaler.LAST_SCALE_TIME, scaler.RECOMMENDATIONS, scaler.FAILING_SINCE)
 ALLOWED: dict[str, set[tuple[str, ...]]] = {
     "apps/deployments": {
-        ("spec", "replicas"), *(("metadata", "annotations", name) for name in OWN_ANNOTATIONS),
+        ("spec", "replicas"),
+        *(("metadata", "annotations", name) for name in OWN),
     },
     "/pods": {("metadata", "annotations", COST)},
-}  # fmt: skip
+}
 
 
 def leaves(body: Any, path: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
@@ -437,7 +429,7 @@ def test_a_change_is_allowed_of_exactly_these_fields(resource: str) -> None:
     """Every field that there is, changed and removed, and some that there are not."""
     obj = stored()[resource]
     there = leaves({part: obj[part] for part in ("metadata", "spec")}) - KEPT_UP
-    names = {*OWN_ANNOTATIONS, COST, scaler.PAUSED, scaler.PAUSED_UNTIL, "new"}
+    names = {*OWN, COST, scaler.PAUSED, scaler.PAUSED_UNTIL, "new"}
     more = {("metadata", "annotations", name) for name in names}
     more |= {(part, "a-future-field", "x") for part in ("metadata", "spec")}
     new = {leaf: 3 if leaf[-1] == "replicas" else "changed" for leaf in there | more}
@@ -495,21 +487,19 @@ def test_each_account_is_the_parameter_of_one_of_the_two_policies_and_both_deny(
     every = {key: ["*"] for key in ("apiGroups", "apiVersions", "operations")}
     everything = {**every, "resources": ["*/*"], "scope": "Namespaced"}
     updates = {**every, "apiGroups": ["apps"], "operations": ["UPDATE"]}
-    matches: list[Object] = [
+    matches: tuple[Object, Object] = (
         {"matchPolicy": "Exact", "resourceRules": [everything]},
         {"resourceRules": [{**updates, "resources": ["deployments"]}]},
-    ]
-    rules, rules_binding, labels, labels_binding = load("guardrails.yaml")
-    for policy, binding, operator, match in (
-        (rules, rules_binding, "Exists", matches[0]),
-        (labels, labels_binding, "DoesNotExist", matches[1]),
-    ):
-        assert policy["spec"]["matchConstraints"] == match
+    )
+    policies = load("guardrails.yaml")
+    for match, operator in zip(matches, ("Exists", "DoesNotExist"), strict=True):
+        policy, binding = policies.pop(0), policies.pop(0)
         selector = {"matchExpressions": [{"key": label, "operator": operator}]}
         assert binding["spec"] == {
             "policyName": policy["metadata"]["name"], "validationActions": ["Deny"],
             "paramRef": {"selector": selector, "parameterNotFoundAction": "Allow"},
         }  # fmt: skip
+        assert policy["spec"]["matchConstraints"] == match
         assert policy["spec"]["paramKind"] == {"apiVersion": "v1", "kind": "ServiceAccount"}
         assert policy["spec"]["failurePolicy"] == "Fail"
         assert {each["reason"] for each in policy["spec"]["validations"]} == {"Forbidden"}

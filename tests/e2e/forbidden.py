@@ -17,15 +17,15 @@ from typing import Any
 
 from tests.e2e.kubectl import (
     REPOSITORY,
-    Account,
     Answer,
+    Ask,
     Checks,
     account,
     eventually,
     kubectl,
     live_pods,
     read,
-    scratch_namespaces,
+    two_namespaces,
 )
 
 Object = dict[str, Any]
@@ -115,21 +115,13 @@ def event(namespace: str, **changes: Any) -> Object:
     named = {"name": f"{NAME}.{secrets.token_hex(8)}", "namespace": namespace}
     about = {"apiVersion": "apps/v1", "kind": "Deployment", "name": NAME, "namespace": namespace}
     return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "type": "Normal",
-        "reason": "SuccessfulRescale",
-        "message": "New size: 3; end-to-end check",
-        "source": {"component": "queue-scaler"},
-        "reportingComponent": "queue-scaler",
-        "reportingInstance": "queue-scaler",
-        "firstTimestamp": now,
-        "lastTimestamp": now,
-        "count": 1,
-        **changes,
+        "apiVersion": "v1", "kind": "Event", "type": "Normal", "reason": "SuccessfulRescale",
+        "message": "New size: 3; end-to-end check", "source": {"component": "queue-scaler"},
+        "reportingComponent": "queue-scaler", "reportingInstance": "queue-scaler",
+        "firstTimestamp": now, "lastTimestamp": now, "count": 1, **changes,
         "metadata": {**named, **changes.get("metadata", {})},
         "involvedObject": {**about, "uid": "1-2-3", **changes.get("involvedObject", {})},
-    }
+    }  # fmt: skip
 
 
 def paths(namespace: str) -> tuple[str, str]:
@@ -369,7 +361,8 @@ PAUSES: list[tuple[dict[str, str], int, bool]] = [
 # refused that, if at all. As kustomize names the scaler's by prefix or suffix, as others name
 # theirs, and without the label.
 RULES, LABEL = "queue-scaler may change nothing of", "needs the label"
-ACCOUNTS: list[tuple[str, bool, bool, str, str]] = [
+Someone = tuple[str, bool, bool, str, str]
+ACCOUNTS: list[Someone] = [
     ("prodqueue-scaler", True, True, "queue-scaler", RULES),
     ("queue-scaler2", True, True, "", RULES),
     ("whatever", True, True, "kubectl", RULES),
@@ -419,12 +412,12 @@ def by_guardrails(answer: Answer) -> bool:
     return "ValidatingAdmissionPolicy" in answer.message
 
 
-def tried(scaler: Account, act: Act) -> Answer:
+def tried(ask: Ask, act: Act) -> Answer:
     old = {}
     if callable(act.body):
         namespace, kind, name = act.path.partition("?")[0].split("/")[-3:]
         old = read(kind, name, "-n", namespace, "--show-managed-fields")
-    return scaler.ask(act.method, act.path, act.sent(old))
+    return ask(act.method, act.path, act.sent(old))
 
 
 def type_checks() -> str:
@@ -435,20 +428,20 @@ def type_checks() -> str:
     return json.dumps(found) if [f.get("observedGeneration") for f in found] == current else ""
 
 
-def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
+def try_account(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
     here = namespaces[0]
     with checks.that("guardrails.yaml has no type warnings"):
         said = eventually(type_checks, 30, "a type check")
         assert '"warning":' not in said, said
     for act in life(here, own_pod(here)):
-        answer = tried(scaler, act)
+        answer = tried(ask, act)
         checks.note(f"may: {act.what}", 200 <= answer.status < 300, answer)
     pod = own_pod(here)
     before = state(namespaces, pod)
     strange = f"{paths(here)[1]}/pods/{own_pod(here, OTHER)}{MANAGER}"
     mark = Act("another Deployment's pod: mark", "PATCH", strange, MARK)
     for act in [*acts(here, namespaces[1], pod), mark]:
-        answer = tried(scaler, act)
+        answer = tried(ask, act)
         by = "admission" if by_guardrails(answer) else "RBAC"
         checks.note(f"may not: {act.what}", answer.status == 403, answer, f"  ({by})")
     after = state(namespaces, pod)
@@ -456,7 +449,7 @@ def try_account(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
     checks.note("nothing has changed by it", not changed, changed)
 
 
-def try_pauses(checks: Checks, scaler: Account, namespace: str) -> None:
+def try_pauses(checks: Checks, ask: Ask, namespace: str) -> None:
     path = f"{paths(namespace)[0]}/{NAME}{MANAGER}&dryRun=All"
     annotating = ("annotate", "--overwrite", "-n", namespace, "deployment", NAME)
     for pause, replicas, allowed in PAUSES:
@@ -465,32 +458,29 @@ def try_pauses(checks: Checks, scaler: Account, namespace: str) -> None:
         tries += [(f"remove {each}", annotate(**{MINE + each: None}), False) for each in pause]
         tries += [("stamp a failure", annotate(**{MINE + "queue-failing-since": WHEN}), True)]
         for what, body, may in tries:
-            answer = scaler.ask("PATCH", path, body)
+            answer = ask("PATCH", path, body)
             right = answer.status == 200 if may else by_guardrails(answer)
             checks.note(f"{'may' if may else 'may not'}: {what} where {pause}", right, answer)
         kubectl(*annotating, *(f"{MINE}{name}-" for name in pause))
 
 
-def try_wide_role(checks: Checks, scaler: Account, namespaces: list[str]) -> None:
+def try_wide_role(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
     """The Role opened to everything: the guardrails refuse every write by themselves."""
     here = namespaces[0]
     widen = json.dumps(EVERYTHING)
     kubectl("patch", "role", "queue-scaler", "-n", here, "--type=merge", "-p", widen)
     secret = f"{paths(here)[1]}/secrets/{OTHER}"
-    eventually(lambda: scaler.ask("GET", secret).status == 200, 30, "the wider Role")
+    eventually(lambda: ask("GET", secret).status == 200, 30, "the wider Role")
     for act in acts(here, namespaces[1], own_pod(here)):
         within = f"/namespaces/{here}/" in act.path
         if within and act.method != "GET" and act.what not in OPENED:
-            answer = tried(scaler, act)
+            answer = tried(ask, act)
             name = f"may not, with every right in the namespace: {act.what}"
             checks.note(name, by_guardrails(answer), answer)
 
 
-def try_name(
-    checks: Checks, namespaces: list[str], name: str, here: bool, labelled: bool,
-    manager: str, refused: str,
-) -> None:  # fmt: skip
-    """One of the ACCOUNTS."""
+def try_name(checks: Checks, namespaces: list[str], someone: Someone) -> None:
+    name, here, labelled, manager, refused = someone
     home = namespaces[0 if here else 1]
     if not kubectl("get", "sa", name, "-n", home, "--ignore-not-found", "-o", "name"):
         kubectl("create", "serviceaccount", name, "-n", home)
@@ -506,13 +496,13 @@ def try_name(
             return by_guardrails(answer) and refused in answer.message
         return answer.status == 200
 
-    what = f"{'refused' if refused else 'left alone'}: {home}:{name}, label={labelled}, {manager}"
+    what = f"{'refused' if refused else 'left alone'}: {someone}"
     with account(home, name) as them, checks.that(what):
         eventually(as_expected, 15, what)
 
 
 def check_rights(checks: Checks) -> None:
-    with scratch_namespaces("", "-other") as namespaces:
+    with two_namespaces() as namespaces:
         here = namespaces[0]
         rbac = (REPOSITORY / "rbac.yaml").read_text()
         rbac = rbac.replace("namespace: default", f"namespace: {here}")
@@ -524,12 +514,12 @@ def check_rights(checks: Checks) -> None:
             writer = (f"writer-{n}=x", f"--field-manager=writer-{n}")
             kubectl("label", "deployment", NAME, "-n", here, *writer)
         time.sleep(1.1)  # their times are in seconds, and the scaler's own has to be the newest
-        with account(here, "queue-scaler") as scaler:
+        with account(here, "queue-scaler") as ask:
             # A dry run that the policy's own words refuse, once the API server has taken it in.
             forbidden = labelling(here)
-            eventually(lambda: by_guardrails(tried(scaler, forbidden)), 60, "the policy in force")
-            try_account(checks, scaler, namespaces)
+            eventually(lambda: by_guardrails(tried(ask, forbidden)), 60, "the policy in force")
+            try_account(checks, ask, namespaces)
             for each in ACCOUNTS:
-                try_name(checks, namespaces, *each)
-            try_wide_role(checks, scaler, namespaces)
-            try_pauses(checks, scaler, here)
+                try_name(checks, namespaces, each)
+            try_wide_role(checks, ask, namespaces)
+            try_pauses(checks, ask, here)
