@@ -15,23 +15,14 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
-from cel_expr_python import cel  # type: ignore[import-not-found, import-untyped, unused-ignore]
-from cel_expr_python.ext import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    ext_strings,
-)
+from cel_expr_python import cel  # type: ignore[import, unused-ignore]
+from cel_expr_python.ext import ext_strings  # type: ignore[import, unused-ignore]
 
 import scaler
 from tests.e2e import forbidden
 from tests.e2e.forbidden import ACCOUNTS, BOUND, COST, MINE, NAME, OTHER, PAUSES, Act, life
 from tests.support.kubernetes import FakeKubernetes
-from tests.support.kubernetes_objects import (
-    KINDS,
-    TEMPLATE_HASH,
-    Writer,
-    json_patch,
-    merge,
-    read_request,
-)
+from tests.support.kubernetes_objects import KINDS, Writer, json_patch, merge, read_request
 from tests.support.world import REPOSITORY
 from tests.test_manifests import load, one, settings, whole_life
 
@@ -163,7 +154,6 @@ def created(event: Object) -> Object:
 # The acts
 
 OPERATIONS = {"POST": "CREATE", "PATCH": "UPDATE", "DELETE": "DELETE"}
-CONNECTIONS = ("exec", "attach", "portforward")
 # What the API server itself does before admission, or the Role refuses, is tried on a real one.
 REAL_ONLY = (
     "Deployment: scale in CI's name", "a pod of nobody's: mark", "another Deployment: scale",
@@ -178,7 +168,7 @@ MORE = (
 def request_of(act: Act) -> tuple[str, str, str]:
     """What an act is to admission: operation, GROUP/RESOURCE, and subresource."""
     asked = read_request(act.method, act.path, None, "", "")
-    operation = "CONNECT" if asked.subresource in CONNECTIONS else OPERATIONS[act.method]
+    operation = "CONNECT" if asked.subresource == "exec" else OPERATIONS[act.method]
     return operation, f"{asked.group}/{asked.resource}", asked.subresource
 
 
@@ -194,34 +184,29 @@ def refused(act: Act) -> list[str]:
     return refusals(resource, old, new, operation=operation, **more)
 
 
-def tried(acts: Iterable[Act]) -> list[Any]:
+def tried(acts: Iterable[Act]) -> list[Act]:
     """Those that come to admission, in the namespace."""
-    return [
-        pytest.param(act, id=act.what)
-        for act in acts
-        if act.method in OPERATIONS
-        and "/namespaces/default/" in act.path
-        and act.what not in REAL_ONLY
-    ]
+    here = [act for act in acts if "/namespaces/default/" in act.path]
+    return [act for act in here if act.method in OPERATIONS and act.what not in REAL_ONLY]
 
 
 FORBIDDEN = tried([*forbidden.acts("default", "other", "own"), *MORE])
 LIFE = tried(life("default", "own"))
-REQUESTS = {request_of(param.values[0]) for param in LIFE}
+REQUESTS = {request_of(act) for act in LIFE}
 
 
 def test_most_acts_are_tried_here() -> None:
-    assert len(FORBIDDEN) >= 90 and len(LIFE) >= 10
+    assert len(FORBIDDEN) >= 80 and len(LIFE) >= 10
 
 
-@pytest.mark.parametrize("act", FORBIDDEN)
+@pytest.mark.parametrize("act", FORBIDDEN, ids=lambda act: act.what)
 def test_it_refuses(act: Act) -> None:
     """Whatever is no request that the scaler makes, for that reason."""
     found = refused(act)
     assert found and ("may only patch" in found[0]) is (request_of(act) not in REQUESTS)
 
 
-@pytest.mark.parametrize("act", LIFE)
+@pytest.mark.parametrize("act", LIFE, ids=lambda act: act.what)
 def test_it_lets_the_scaler(act: Act) -> None:
     assert not refused(act)
 
@@ -247,7 +232,7 @@ def test_it_may_remove_the_last_annotation() -> None:
 
 def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
     metadata = stored()["/pods"]["metadata"]
-    end = f"-{metadata['labels'][TEMPLATE_HASH]}"
+    end = f"-{metadata['labels']['pod-template-hash']}"
     (owner,) = metadata["ownerReferences"]
     others: list[Object] = [
         {"name": OTHER + end}, {"name": f"{NAME}-canary{end}"}, {"name": NAME + len(end) * "x"},
@@ -259,26 +244,19 @@ def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
         assert (found == []) is (owners == [owner]), owners
 
 
-@pytest.mark.parametrize(
-    ("manager", "fields"),
-    [
-        ("kubelet", {"f:count": {}}),
-        ("queue-scaler", {f"f:{number}": {} for number in range(13)}),
-        ("queue-scaler", {"f:count": {f"f:{number}": {} for number in range(9)}}),
-        ("queue-scaler", {"f:" + "x" * 40: {}}),
-        ("queue-scaler", {"f:count": {"f:" + "x" * 40: {}}}),
-        ("queue-scaler", {"f:count": {"f:x": {"f:y": {}}}}),
-    ],
-)
-def test_the_managed_fields_of_an_event_are_few_and_its_own(manager: str, fields: Object) -> None:
-    entries = [{**entry(manager), "fieldsV1": fields}]
-    event = forbidden.event("default", metadata={"managedFields": entries})
-    assert refusals("/events", None, created(event))
-
-
-def test_an_event_has_no_event_time_and_is_about_its_own_namespace() -> None:
-    """A real API server refuses both before admission."""
-    for change in ({"eventTime": forbidden.MICRO}, {"involvedObject": {"namespace": "other"}}):
+def test_an_event_has_few_managed_fields_no_event_time_and_is_about_its_own_namespace() -> None:
+    """What a real API server itself refuses or writes."""
+    long = "f:" + "x" * 40
+    too_much: list[Object] = [
+        {f"f:{number}": {} for number in range(13)},
+        {"f:count": {f"f:{number}": {} for number in range(9)}},
+        {long: {}}, {"f:count": {long: {}}}, {"f:count": {"f:x": {"f:y": {}}}},
+    ]  # fmt: skip
+    entries = [{**entry("queue-scaler"), "fieldsV1": fields} for fields in too_much]
+    entries.append(entry("kubelet", count={}))
+    changes: list[Object] = [{"metadata": {"managedFields": [each]}} for each in entries]
+    changes += [{"eventTime": forbidden.MICRO}, {"involvedObject": {"namespace": "other"}}]
+    for change in changes:
         assert refusals("/events", None, created(forbidden.event("default", **change))), change
 
 
@@ -380,10 +358,7 @@ def test_the_entries_of_others_may_lose_what_the_scaler_sets_and_nothing_else(
 
 OWN = (scaler.LAST_SCALE, scaler.LAST_SCALE_TIME, scaler.RECOMMENDATIONS, scaler.FAILING_SINCE)
 ALLOWED: dict[str, set[tuple[str, ...]]] = {
-    "apps/deployments": {
-        ("spec", "replicas"),
-        *(("metadata", "annotations", name) for name in OWN),
-    },
+    "apps/deployments": {("spec", "replicas"), *(("metadata", "annotations", a) for a in OWN)},
     "/pods": {("metadata", "annotations", COST)},
 }
 
@@ -412,12 +387,11 @@ def test_the_scaler_changes_all_that_it_may_and_nothing_else() -> None:
         assert not refusals("/events", None, event), event
 
 
-def changed(obj: Object, leaf: tuple[str, ...], value: Any) -> Object:
+def changed(obj: Object, leaf: tuple[str, ...], value: Any) -> Any:
     """The object with this value there, or with none."""
     for part in reversed(leaf):
         value = {part: value}
-    new: Object = merge(obj, value)
-    return new
+    return merge(obj, value)
 
 
 # What the API server keeps up; managedFields are tested above.

@@ -20,17 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.forbidden import NAME, check_rights
-from tests.e2e.kubectl import (
-    REPOSITORY,
-    Checks,
-    eventually,
-    kubectl,
-    live_pods,
-    read,
-    two_namespaces,
-)
+from tests.e2e.kubectl import REPOSITORY, Checks, eventually, kubectl, live_pods, read, scratch
 
 PROJECT = "demo-queue-scaler-e2e"
+DOCUMENTS = f"projects/{PROJECT}/databases/(default)/documents"
 EMULATOR = Path(__file__).parent / "firestore-emulator.yaml"
 RESTRICTED = {
     "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True,
@@ -58,14 +51,13 @@ class Site:
 
     def put(self, job: str, **fields: str) -> None:
         values = {name: {"stringValue": value} for name, value in fields.items()}
-        self._send("PATCH", f"v1/{{}}/jobs/{job}", json.dumps({"fields": values}))
+        self._send("PATCH", f"v1/{DOCUMENTS}/jobs/{job}", json.dumps({"fields": values}))
 
     def clear(self) -> None:
-        self._send("DELETE", "emulator/v1/{}", "")
+        self._send("DELETE", f"emulator/v1/{DOCUMENTS}", "")
 
     def _send(self, method: str, path: str, body: str) -> None:
-        documents = path.format(f"projects/{PROJECT}/databases/(default)/documents")
-        call = [*self.python, "-c", SEND, method, f"http://{self.emulator}/{documents}", body]
+        call = [*self.python, "-c", SEND, method, f"http://{self.emulator}/{path}", body]
         subprocess.run(call, check=True, timeout=180)
 
     def kubectl(self, *arguments: str) -> str:
@@ -89,10 +81,6 @@ class Site:
         self.records.append(record)
         assert record["reason"] == reason, f"expected {reason}, got {record}"
         return str(record["message"])
-
-    def annotate(self, word: str) -> None:
-        """queue-scaler/WORD, such as `paused=true`, or `paused-` to remove it."""
-        self.kubectl("annotate", "--overwrite", "deployment", NAME, f"queue-scaler/{word}")
 
 
 def overlay(namespace: str, image: str, emulator: str) -> str:
@@ -134,10 +122,9 @@ def worker(image: str) -> dict[str, Any]:
 @contextmanager
 def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Site]:
     """The manifests installed, with a Deployment of one pod to scale and an empty queue."""
-    with two_namespaces() as (namespace, beside):
+    with scratch() as (namespace, beside):
         # The strictest standard, where the scaler is: its pods have to be admitted.
-        level = "pod-security.kubernetes.io/enforce=restricted"
-        kubectl("label", "namespace", namespace, level)
+        kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
         if emulator is None:
             kubectl("-n", beside, "apply", "-f", str(EMULATOR))
             kubectl("-n", beside, "rollout", "status", "deployment/firestore", "--timeout=180s")
@@ -156,9 +143,7 @@ def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Si
 
 def tour(checks: Checks, here: Site) -> None:
     """In this order, as one thing leads to the next."""
-    with checks.that(
-        "a run comes by the schedule, in a namespace of the restricted standard"
-    ) as say:
+    with checks.that("a run by the schedule, in a namespace of the restricted standard") as say:
         record = eventually(lambda: here.result("app=queue-scaler"), 150, "a run by the schedule")
         say(str(record["message"]))
     # From here on runs come by hand, so that each check knows which run it looks at.
@@ -201,12 +186,12 @@ def tour(checks: Checks, here: Site) -> None:
 
     for word, reason in (("paused=true", "Paused"), ("paused-", "ScaleDownCooldown")):
         with checks.that(f"pause and resume: queue-scaler/{word}") as say:
-            here.annotate(word)
+            here.kubectl("annotate", "deployment", NAME, f"queue-scaler/{word}")
             say(here.expect(reason))
 
     with checks.that("cooldown reset by annotation: a scale-down, and the busy pod stays") as say:
         busy = live_pods(here.namespace, NAME)[-1]
-        here.annotate("last-scale-time-")
+        here.kubectl("annotate", "deployment", NAME, "queue-scaler/last-scale-time-")
         say(here.expect("ScaledDown"))
         eventually(lambda: len(live_pods(here.namespace, NAME)) == 1, 60, "one pod")
         left = live_pods(here.namespace, NAME)

@@ -50,9 +50,8 @@ class Answer:
 
 def asked(url: str, method: str, path: str, body: Any = None) -> Answer:
     """A PATCH with a list is a JSON patch, else a merge patch."""
-    kind = "application/json"
-    if method == "PATCH":
-        kind = f"application/{'json' if isinstance(body, list) else 'merge'}-patch+json"
+    patch = "json-patch+json" if isinstance(body, list) else "merge-patch+json"
+    kind = f"application/{patch if method == 'PATCH' else 'json'}"
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": kind, "Accept": "application/json"}
     request = urllib.request.Request(url + path, data, headers, method=method)
@@ -121,9 +120,9 @@ def eventually(look: Callable[[], T | None], seconds: float, what: str) -> T:
 
 
 @contextmanager
-def two_namespaces() -> Iterator[list[str]]:
-    """Of a made-up name, with guardrails.yaml in force. All goes again but guardrails that were
-    there before."""
+def scratch() -> Iterator[list[str]]:
+    """Two namespaces of a made-up name, with guardrails.yaml in force. All goes again but
+    guardrails that were there before."""
     name = f"queue-scaler-e2e-{secrets.token_hex(3)}"
     names = [name, f"{name}-other"]
     with ExitStack() as undo:
