@@ -154,10 +154,6 @@ def created(event: Object) -> Object:
 # The acts
 
 OPERATIONS = {"POST": "CREATE", "PATCH": "UPDATE", "DELETE": "DELETE"}
-# What the API server itself does before admission, or the Role refuses, is tried on a real one.
-REAL_ONLY = (
-    "Deployment: scale in CI's name", "a pod of nobody's: mark", "another Deployment: scale",
-)  # fmt: skip
 OLD_GROUP = f"/apis/extensions/v1/namespaces/default/deployments/{NAME}"
 MORE = (
     Act("Event: change", "PATCH", "/api/v1/namespaces/default/events/new", {}),
@@ -186,8 +182,7 @@ def refused(act: Act) -> list[str]:
 
 def tried(acts: Iterable[Act]) -> list[Act]:
     """Those that come to admission, in the namespace."""
-    here = [act for act in acts if "/namespaces/default/" in act.path]
-    return [act for act in here if act.method in OPERATIONS and act.what not in REAL_ONLY]
+    return [act for act in acts if act.method in OPERATIONS and "/namespaces/default/" in act.path]
 
 
 FORBIDDEN = tried([*forbidden.acts("default", "other", "own"), *MORE])

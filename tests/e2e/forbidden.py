@@ -262,7 +262,6 @@ def acts(namespace: str, elsewhere: str, name: str) -> Iterator[Act]:
     and to create Events. Then other requests, other kinds, and its own rights."""
     deployments, core = paths(namespace)
     mine, pod = f"{deployments}/{NAME}", f"{core}/pods/{name}"
-    yield Act("Deployment: scale in CI's name", "PATCH", f"{mine}?fieldManager=ci", SCALE)
     for what, body in TO_A_DEPLOYMENT.items():
         yield Act(f"Deployment: {what}", "PATCH", mine + MANAGER, body)
     for what, body in TO_A_POD.items():
@@ -283,10 +282,8 @@ def acts(namespace: str, elsewhere: str, name: str) -> Iterator[Act]:
     yield Act("Deployment: patch its scale", "PATCH", f"{mine}/scale", SCALE)
     yield Act("Deployment: replace", "PUT", mine, deployment(NAME))
     yield Act("Deployments: create", "POST", deployments, deployment("new"))
-    yield Act("another Deployment: scale", "PATCH", f"{deployments}/{OTHER}", SCALE)
     yield Act("pod: add a debug container", "PATCH", f"{pod}/ephemeralcontainers", second)
     yield Act("pod: evict", "POST", f"{pod}/eviction", thing("Eviction", name, "policy/v1"))
-    yield Act("a pod of nobody's: mark", "PATCH", f"{core}/pods/{OTHER}{MANAGER}", MARK)
     yield Act("Event: through events.k8s.io", "POST", events, note)
     yield Act("ConfigMap: patch", "PATCH", f"{core}/configmaps/{OTHER}", {"data": {"a": "b"}})
     yield Act("a token: create", "POST", f"{account}/token", token)
@@ -322,8 +319,18 @@ def acts_without_a_body(namespace: str, elsewhere: str, pod: str) -> Iterator[Ac
             yield Act(f"{method} {begin}{end}", method, begin + end)
 
 
-# What a Role that grants everything makes an act about a Deployment that the account may patch.
-OPENED = ("another Deployment: scale", "Event: about another Deployment")
+def acts_about_others(namespace: str) -> Iterator[Act]:
+    """Of which only the API server knows the objects."""
+    deployments, core = paths(namespace)
+    strange = own_pod(namespace, OTHER)
+    yield Act("scale in CI's name", "PATCH", f"{deployments}/{NAME}?fieldManager=ci", SCALE)
+    yield Act("another Deployment: scale", "PATCH", f"{deployments}/{OTHER}", SCALE)
+    yield Act("a pod of nobody's: mark", "PATCH", f"{core}/pods/{OTHER}{MANAGER}", MARK)
+    yield Act("another Deployment's pod: mark", "PATCH", f"{core}/pods/{strange}{MANAGER}", MARK)
+
+
+# Where the Role grants everything, that is a Deployment which the account may patch.
+OPENED = "Event: about another Deployment"
 
 # What people have set on the Deployment, the replicas (2 before) that the account asks for, and
 # whether it gets them. It never may remove what they have set.
@@ -431,9 +438,7 @@ def try_account(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
         checks.note(f"may: {act.what}", 200 <= answer.status < 300, answer)
     pod = own_pod(here)
     before = state(namespaces, pod)
-    strange = f"{paths(here)[1]}/pods/{own_pod(here, OTHER)}{MANAGER}"
-    mark = Act("another Deployment's pod: mark", "PATCH", strange, MARK)
-    for act in [*acts(here, namespaces[1], pod), mark]:
+    for act in [*acts(here, namespaces[1], pod), *acts_about_others(here)]:
         answer = tried(ask, act)
         by = "admission" if by_guardrails(answer) else "RBAC"
         checks.note(f"may not: {act.what}", answer.status == 403, answer, f"  ({by})")
@@ -466,7 +471,7 @@ def try_wide_role(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
     eventually(lambda: ask("GET", secret).status == 200, 30, "the wider Role")
     for act in acts(here, namespaces[1], own_pod(here)):
         within = f"/namespaces/{here}/" in act.path
-        if within and act.method != "GET" and act.what not in OPENED:
+        if within and act.method != "GET" and act.what != OPENED:
             answer = tried(ask, act)
             name = f"may not, with every right in the namespace: {act.what}"
             checks.note(name, by_guardrails(answer), answer)
@@ -475,10 +480,9 @@ def try_wide_role(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
 def try_name(checks: Checks, namespaces: list[str], someone: Someone) -> None:
     name, here, labelled, manager, refused = someone
     home = namespaces[0 if here else 1]
-    if not kubectl("get", "sa", name, "-n", home, "--ignore-not-found", "-o", "name"):
-        kubectl("create", "serviceaccount", name, "-n", home)
-    label = MINE + ("guardrails=true" if labelled else "guardrails-")
-    kubectl("label", "--overwrite", "sa", name, "-n", home, label)
+    sa = thing("ServiceAccount", name)
+    sa["metadata"]["labels"] = {MINE + "guardrails": "true"} if labelled else {}
+    kubectl("apply", "-n", home, "-f", "-", stdin=json.dumps(sa))
     kubectl("create", "rolebinding", secrets.token_hex(4), "-n", namespaces[0],
             "--clusterrole=edit", f"--serviceaccount={home}:{name}")  # fmt: skip
     act = labelling(namespaces[0], manager)
