@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,17 +21,12 @@ GUARDRAILS = str(REPOSITORY / "guardrails.yaml")
 T = TypeVar("T")
 
 
-class KubectlError(Exception):
-    """kubectl failed; the message is what it said."""
-
-
 def kubectl(*arguments: str, stdin: str | None = None) -> str:
-    """What kubectl prints. Raises KubectlError."""
+    """What kubectl prints. Where it fails, an AssertionError with what it said."""
     done = subprocess.run(
         ["kubectl", *arguments], input=stdin, capture_output=True, text=True, timeout=180
     )
-    if done.returncode:
-        raise KubectlError(done.stderr.strip() or f"kubectl ended with {done.returncode}")
+    assert not done.returncode, done.stderr.strip() or f"kubectl ended with {done.returncode}"
     return done.stdout
 
 
@@ -43,8 +39,7 @@ def live_pods(namespace: str, app: str) -> list[str]:
     """The names of those that are not terminating, the newest last."""
     order = "--sort-by=.metadata.creationTimestamp"
     found = read("pods", "-n", namespace, "-l", f"app={app}", order)["items"]
-    metadata = [pod["metadata"] for pod in found]
-    return [str(each["name"]) for each in metadata if "deletionTimestamp" not in each]
+    return [pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
 
 @dataclass(frozen=True)
@@ -53,38 +48,34 @@ class Answer:
     message: str
 
 
-@dataclass(frozen=True)
-class Account:
-    """Plain HTTP requests in the name of an account, through `kubectl proxy --as`."""
+def asked(url: str, method: str, path: str, body: Any = None) -> Answer:
+    """A PATCH with a list is a JSON patch, else a merge patch."""
+    patch = "json-patch+json" if isinstance(body, list) else "merge-patch+json"
+    kind = f"application/{patch if method == 'PATCH' else 'json'}"
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": kind, "Accept": "application/json"}
+    request = urllib.request.Request(url + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return Answer(response.status, "")
+    except urllib.error.HTTPError as error:
+        return Answer(error.code, error.read().decode(errors="replace"))
 
-    url: str
 
-    def ask(self, method: str, path: str, body: Any = None) -> Answer:
-        """A PATCH with a list is a JSON patch, else a merge patch."""
-        kind = "application/json"
-        if method == "PATCH":
-            kind = f"application/{'json' if isinstance(body, list) else 'merge'}-patch+json"
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": kind, "Accept": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return Answer(response.status, "")
-        except urllib.error.HTTPError as error:
-            return Answer(error.code, error.read().decode(errors="replace"))
+Ask = Callable[..., Answer]  # METHOD, PATH, and a body if there is one
 
 
 @contextmanager
-def account(namespace: str, name: str) -> Iterator[Account]:
+def account(namespace: str, name: str) -> Iterator[Ask]:
+    """Plain HTTP requests in the name of an account, through `kubectl proxy --as`."""
     user = f"system:serviceaccount:{namespace}:{name}"
     command = ["kubectl", "proxy", f"--as={user}", "--port=0", "--reject-paths=^$"]
     proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = proxy.stdout.readline() if proxy.stdout else ""
         serving = re.search(r"127\.0\.0\.1:\d+", line)
-        if not serving:
-            raise KubectlError(f"kubectl proxy did not start: {line.strip()}")
-        yield Account(f"http://{serving[0]}")
+        assert serving, f"kubectl proxy did not start: {line}"
+        yield partial(asked, f"http://{serving[0]}")
     finally:
         proxy.terminate()
         proxy.wait()
@@ -109,7 +100,7 @@ class Checks:
         details: list[str] = []
         try:
             yield details.append
-        except (AssertionError, KubectlError, subprocess.SubprocessError) as problem:
+        except (AssertionError, subprocess.SubprocessError) as problem:
             self.note(name, False, str(problem) or "not so")
         else:
             self.note(name, True, "", "".join(f"  ({detail})" for detail in details))
@@ -129,11 +120,11 @@ def eventually(look: Callable[[], T | None], seconds: float, what: str) -> T:
 
 
 @contextmanager
-def scratch_namespaces(*suffixes: str) -> Iterator[list[str]]:
-    """Namespaces of a made-up name with guardrails.yaml in force. All goes again but guardrails
-    that were there before."""
-    stem = f"queue-scaler-e2e-{secrets.token_hex(3)}"
-    names = [stem + suffix for suffix in suffixes]
+def scratch() -> Iterator[list[str]]:
+    """Two namespaces of a made-up name, with guardrails.yaml in force. All goes again but
+    guardrails that were there before."""
+    name = f"queue-scaler-e2e-{secrets.token_hex(3)}"
+    names = [name, f"{name}-other"]
     with ExitStack() as undo:
         undo.callback(kubectl, "delete", "namespace", *names, "--ignore-not-found", "--wait=false")
         for name in names:
