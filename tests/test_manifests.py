@@ -248,17 +248,6 @@ def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> No
     assert f"Look every {interval} s" in TEXT and f"{86_400 // interval:,} a day" in TEXT
 
 
-def kustomize(directory: Path) -> list[dict[str, Any]]:
-    command = [need("kubectl"), "kustomize", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
-
-
-def test_the_base_is_the_two_manifests() -> None:
-    assert kustomize(REPOSITORY) == [*load("rbac.yaml"), *load("cronjob.yaml")]
-
-
 @pytest.mark.parametrize(
     ("naming", "name", "namespace"),
     [
@@ -281,7 +270,8 @@ def test_everything_in_an_overlay_is_about_its_own_deployment(
     path = tmp_path / "thumbnails/kustomization.yaml"
     text = path.read_text().replace("namespace: default", f"namespace: {namespace}")
     path.write_text(text.replace("nameSuffix: -thumbnails", naming))
-    documents = kustomize(path.parent)
+    built = subprocess.check_output([need("kubectl"), "kustomize", str(path.parent)])
+    documents = [*yaml.safe_load_all(built)]
     assert "edited-deployment" not in json.dumps(documents)
     account, role, binding, cronjob = documents
     assert {each["metadata"]["name"] for each in documents} == {name}

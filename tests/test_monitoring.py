@@ -65,18 +65,13 @@ def test_the_operator_gets_the_same_rules() -> None:
     assert (applied["kind"], applied["spec"]) == ("PrometheusRule", ALERTS)
 
 
-COMMANDS = re.findall(r"^(gcloud [^\n]+)=- <<'EOF'\n(.*?)^EOF$", PAGE, re.M | re.S)
-METRICS: dict[str, Object] = {
-    command.split()[4]: yaml.safe_load(body)
-    for command, body in COMMANDS
-    if command.startswith("gcloud logging metrics create ")
-}
-CONDITIONS: dict[str, Object] = {
-    condition["displayName"]: condition
-    for command, body in COMMANDS
-    if command.startswith('gcloud monitoring policies create --notification-channels="$CHANNEL" ')
-    for condition in yaml.safe_load(body)["conditions"]
-}
+COMMANDS = [
+    (command.split(), yaml.safe_load(body))
+    for command, body in re.findall(r"^(gcloud [^\n]+)=- <<'EOF'\n(.*?)^EOF$", PAGE, re.M | re.S)
+]
+METRICS: dict[str, Object] = {words[4]: body for words, body in COMMANDS if words[2] == "metrics"}
+POLICIES = [body for words, body in COMMANDS if words[2] == "policies"]
+CONDITIONS = {one["displayName"]: one for policy in POLICIES for one in policy["conditions"]}
 
 
 class TakesAnything(FakeKubernetes):
@@ -117,9 +112,8 @@ def test_gcloud_takes_the_commands(tmp_path: Path) -> None:
     metrics = [body for body in api.bodies if "metricDescriptor" in body]
     assert metrics == [{**metric, "name": name} for name, metric in METRICS.items()]
     policies = [body for body in api.bodies if "conditions" in body]
-    assert [one for each in policies for one in each["conditions"]] == [*CONDITIONS.values()]
-    channels = ["projects/my-project/notificationChannels/1"]
-    assert [each["notificationChannels"] for each in policies] == [channels] * 2
+    channels = {"notificationChannels": ["projects/my-project/notificationChannels/1"]}
+    assert policies == [policy | channels for policy in POLICIES]
 
 
 Entry = Mapping[str, Any]

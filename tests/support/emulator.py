@@ -97,10 +97,6 @@ def start(java: str, jar: Path) -> Emulator | str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    with suppress(subprocess.TimeoutExpired):
-        if process.stdin:
-            process.stdin.close()
-        process.wait(5)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
