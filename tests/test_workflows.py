@@ -39,41 +39,36 @@ def succeeds(name: str, directory: Path, **environ: str) -> bool:
     return not subprocess.run(command, cwd=directory, env={"PATH": path, **environ}).returncode
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """What the steps of a release find in the repository."""
-    for name in ("scaler.py", "cronjob.yaml", "CHANGELOG.md"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    return tmp_path
-
-
 @pytest.mark.slow
-def test_a_tag_has_to_be_the_version(checkout: Path) -> None:
+def test_a_tag_has_to_be_the_version(tmp_path: Path) -> None:
     step, version = "The tag is the version that the script has", scaler.__version__
-    assert succeeds(step, checkout, GITHUB_REF_NAME=f"v{version}")
+    shutil.copy(REPOSITORY / "scaler.py", tmp_path)
+    assert succeeds(step, tmp_path, GITHUB_REF_NAME=f"v{version}")
     for wrong in (version, "v99.0.0"):
-        assert not succeeds(step, checkout, GITHUB_REF_NAME=wrong)
+        assert not succeeds(step, tmp_path, GITHUB_REF_NAME=wrong)
 
 
 @pytest.mark.slow
-def test_a_release_runs_its_own_image_or_fails(checkout: Path) -> None:
-    step, manifest = "Put the image into cronjob.yaml", checkout / "cronjob.yaml"
+def test_a_release_runs_its_own_image_or_fails(tmp_path: Path) -> None:
+    step = "Put the image into cronjob.yaml"
+    manifest = Path(shutil.copy(REPOSITORY / "cronjob.yaml", tmp_path))
     image = "ghcr.io/somebody/queue-scaler:1.2.3@sha256:" + 64 * "0"
     expected = load(manifest)
     template = expected["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     template["containers"][0]["image"] = image
-    assert succeeds(step, checkout, IMAGE=image)
+    assert succeeds(step, tmp_path, IMAGE=image)
     assert load(manifest) == expected
-    assert not succeeds(step, checkout, IMAGE="another"), "its place is taken"
+    assert not succeeds(step, tmp_path, IMAGE="another"), "its place is taken"
 
 
 @pytest.mark.slow
-def test_the_notes_of_a_release_are_its_part_of_the_changelog(checkout: Path) -> None:
+def test_the_notes_of_a_release_are_its_part_of_the_changelog(tmp_path: Path) -> None:
     step, tag = "Take the notes from CHANGELOG.md", f"v{scaler.__version__}"
-    assert succeeds(step, checkout, GITHUB_REF_NAME=tag), "this version has some"
-    (checkout / "CHANGELOG.md").write_text("## 0.2.0\n\n- new\n\n## 0.1.0\n\n- old\n")
-    assert succeeds(step, checkout, GITHUB_REF_NAME="v0.2.0")
-    assert (checkout / "notes.md").read_text().strip() == "- new"
+    changes = Path(shutil.copy(REPOSITORY / "CHANGELOG.md", tmp_path))
+    assert succeeds(step, tmp_path, GITHUB_REF_NAME=tag), "this version has some"
+    changes.write_text("## 0.2.0\n\n- new\n\n## 0.1.0\n\n- old\n")
+    assert succeeds(step, tmp_path, GITHUB_REF_NAME="v0.2.0")
+    assert (tmp_path / "notes.md").read_text().strip() == "- new"
 
 
 def test_jobs_write_only_what_they_have_to() -> None:
