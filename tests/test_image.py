@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,11 @@ from tests.support.world import BUSY, REPOSITORY
 pytestmark = pytest.mark.slow
 
 IMAGE = "localhost/queue-scaler"
-PLAIN = "localhost/plain"
 RATIO = 0.65
 
 
 class NoBuilder(Exception):
     """Nothing can be built on this machine; the message says why."""
-
-
-# -------------------------------------------------------------------------------- the builder
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,12 @@ class Builder:
             env={"BUILDAH_ISOLATION": "chroot", **os.environ},
         )
 
-    def files(self, container: str) -> dict[str, os.stat_result]:
-        """Every file of a container, links not followed."""
+    def files(self, container: str) -> dict[str, tuple[int, float]]:
+        """The size and the time of every file of a container, links not followed."""
         root = Path(self("mount", container))
         found = (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
-        return {str(path).removeprefix(str(root)): path.lstat() for path in found}
+        stats = {str(path).removeprefix(str(root)): path.lstat() for path in found}
+        return {path: (stat.st_size, stat.st_mtime) for path, stat in stats.items()}
 
 
 @contextmanager
@@ -123,9 +120,11 @@ def make_stand_in(build: Builder, root: Path) -> None:
     # Wheels expect a few more libraries everywhere: those that these are linked with.
     wheels = [Path(str(each.__file__)) for each in (cygrpc, _pydantic_core)]
     binaries = [python, *wheels, *(root / "bin").iterdir(), *root.rglob("*.so*")]
-    for path in shared_libraries(binaries):
-        (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, root / path.relative_to("/"))
+    linked = subprocess.run(["ldd", *binaries], capture_output=True, text=True).stdout
+    for path in {*re.findall(r"(?m)(?:=> |^\s*)/(\S+) \(0x", linked)}:
+        if "libpython" not in path:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(f"/{path}", root / path)
     shutil.copytree("/usr/share/zoneinfo", root / "usr/share/zoneinfo", symlinks=True)
     (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     (root / "etc/ld.so.conf").write_text("/usr/local/lib\n")
@@ -137,13 +136,6 @@ def make_stand_in(build: Builder, root: Path) -> None:
     without = "find /usr/local -name __pycache__ -prune -exec rm -r {} +"
     build("run", container, "--", "sh", "-c", f"python -m ensurepip --default-pip && {without}")
     build("commit", "--quiet", "--rm", container, f"docker.io/library/{base_image()}")
-
-
-def shared_libraries(binaries: Iterable[Path]) -> set[Path]:
-    """Those of the binaries but for Python's own, where the loader looks for them."""
-    listing = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True).stdout
-    found = re.findall(r"(?:=> |^\s*)(/\S+) \(0x", listing, re.MULTILINE)
-    return {Path(path) for path in found if "libpython" not in path}
 
 
 def find_prefix(version: str) -> Path:
@@ -159,9 +151,6 @@ def find_prefix(version: str) -> Path:
             if (prefix / "bin" / name).exists() and prefix != Path("/usr"):
                 return prefix
     raise NoBuilder(f"{base_image()} cannot be pulled, and there is no Python {version} here")
-
-
-# ------------------------------------------------------------------------- images and their sizes
 
 
 def way_out(storage: Path) -> list[str]:
@@ -189,25 +178,17 @@ def build_image(
 def added_bytes(build: Builder, image: str) -> int:
     """What an image's own layers hold: what it removes of the base does not make it smaller."""
     base, own = (build.files(build("from", "--pull=never", name)) for name in (base_image(), image))
-
-    def changed(path: str, now: os.stat_result) -> bool:
-        before = base.get(path)
-        return before is None or (before.st_size, before.st_mtime) != (now.st_size, now.st_mtime)
-
-    return sum(now.st_size for path, now in own.items() if changed(path, now))
+    return sum(size for _, (size, _) in own.items() - base.items())
 
 
 def measure(build: Builder) -> tuple[int, int]:
     """Bytes that the build adds to the base, and that the same requirements add to it where they
     are installed the way that most images have them."""
-    plain = build.storage / "Dockerfile"
+    tag, plain = "localhost/plain", build.storage / "Dockerfile"
     install = "pip install --no-cache-dir -r /tmp/requirements.txt"
     plain.write_text(f"FROM {base_image()}\nCOPY requirements.txt /tmp/\nRUN {install}\n")
-    build_image(build, PLAIN, plain)
-    return added_bytes(build, IMAGE), added_bytes(build, PLAIN)
-
-
-# ------------------------------------------------------------------------------------- the tests
+    build_image(build, tag, plain)
+    return added_bytes(build, IMAGE), added_bytes(build, tag)
 
 
 @dataclass(frozen=True)
@@ -218,24 +199,26 @@ class Image:
     container: str
 
     def run(
-        self, *command: str, environ: Mapping[str, str] = {}, mounts: Mapping[Path, str] = {}
+        self, environ: Mapping[str, str], mounts: Mapping[Path, str], *command: str
     ) -> subprocess.CompletedProcess[str]:
-        """A command as the image's own user; `mounts` are paths with those in the container."""
+        """The script, or a command, as the image's own user; `mounts` are paths with those in the
+        container."""
         variables = [f"--env={name}={value}" for name, value in environ.items()]
         volumes = [f"--volume={path}:{inside}:ro" for path, inside in mounts.items()]
-        options = [*variables, *volumes, "--user", str(self.config("User")), self.container]
+        options = [*variables, *volumes, "--user", self.config("User"), self.container]
+        command = command or tuple(self.config("Entrypoint"))
         done = self.build.attempt("run", *options, "--", *command, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]
         return done
 
-    def scaler(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(*self.config("Entrypoint"), *arguments, **options)
-
     def config(self, name: str) -> Any:
         return json.loads(self.build("inspect", self.container))["OCIv1"]["config"][name]
 
-    def files(self) -> dict[str, os.stat_result]:
-        return self.build.files(self.container)
+    def files(self) -> dict[str, tuple[int, float]]:
+        """But for what the builder itself mounts."""
+        mounted = ("/etc/hosts", "/etc/resolv.conf", "/run/", "/kubeconfig")
+        files = self.build.files(self.container).items()
+        return {path: stamp for path, stamp in files if not path.startswith(mounted)}
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +237,7 @@ def image(build: Builder) -> Image:
 
 
 @pytest.fixture
-def settings(cluster: FakeKubernetes, queue: FakeFirestore) -> dict[str, str]:
+def settings(queue: FakeFirestore) -> dict[str, str]:
     """The environment of a busy-aware run that sees two jobs waiting and one pod."""
     queue.fill(2)
     return {
@@ -264,15 +247,6 @@ def settings(cluster: FakeKubernetes, queue: FakeFirestore) -> dict[str, str]:
         "FIRESTORE_EMULATOR_HOST": queue.host,
         "FIRESTORE_PROJECT": queue.project,
     }
-
-
-@pytest.fixture
-def kubeconfig(cluster: FakeKubernetes, settings: dict[str, str], tmp_path: Path) -> Path:
-    """Of an administrator of the cluster, to be mounted at the path that the settings name."""
-    path = cluster.write_kubeconfig(tmp_path / "kubeconfig")
-    path.chmod(0o644)
-    settings["KUBECONFIG"] = "/kubeconfig"
-    return path
 
 
 def test_the_linter_of_dockerfiles_has_nothing_to_say() -> None:
@@ -299,54 +273,45 @@ def test_the_image_says_what_it_is_and_runs_as_the_number_of_a_user_that_is_not_
         assert image.config("Labels")[f"org.opencontainers.image.{name}"]
 
 
-def test_a_run_compiles_nothing_and_writes_nothing(
-    image: Image, settings: dict[str, str], kubeconfig: Path
+def test_a_run_asks_the_plugin_of_a_kubeconfig_and_compiles_and_writes_nothing(
+    image: Image, cluster: FakeKubernetes, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    before = stamps(image)
-    environ = {**settings, "PYTHONVERBOSE": "1"}
-    done = image.scaler("--dry-run", environ=environ, mounts={kubeconfig: "/kubeconfig"})
-    assert "2 jobs waiting, 0 busy" in done.stdout
+    path = cluster.write_kubeconfig(tmp_path / "kubeconfig")
+    config = yaml.safe_load(path.read_text())
+    version, status = "client.authentication.k8s.io/v1", {"token": cluster.admin_token}
+    answer = json.dumps({"apiVersion": version, "kind": "ExecCredential", "status": status})
+    plugin = {"apiVersion": version, "interactiveMode": "Never", "command": "sh",
+              "args": ["-c", f"echo '{answer}'"]}  # fmt: skip
+    config["users"][0]["user"] = {"exec": plugin}
+    path.write_text(yaml.safe_dump(config))
+    path.chmod(0o644)
+    before = image.files()
+    environ = {**settings, "KUBECONFIG": "/kubeconfig", "PYTHONVERBOSE": "1"}
+    done = image.run(environ, {path: "/kubeconfig"})
+    assert cluster.replicas("worker") == 2, done.stdout
     loaded = re.findall(r"^# code object from \'?([^\'\n]+)", done.stderr, re.MULTILINE)
     assert len(loaded) > 500, "Python no longer tells what it loads"
     assert [path for path in loaded if not path.endswith(".pyc")] == []
-    assert stamps(image) == before
-
-
-def stamps(image: Image) -> dict[str, tuple[int, float]]:
-    """What shows that a file was written, but for what the builder itself mounts."""
-    mounted = ("/etc/hosts", "/etc/resolv.conf", "/run/", "/kubeconfig")
-    files = image.files().items()
-    return {path: (s.st_size, s.st_mtime) for path, s in files if not path.startswith(mounted)}
+    assert image.files() == before
 
 
 def test_a_run_scales_as_the_service_account_of_its_pod(
-    image: Image, queue: FakeFirestore, settings: dict[str, str], tmp_path: Path
+    image: Image, settings: dict[str, str], tmp_path: Path
 ) -> None:
     cluster = FakeKubernetes(tls=True)
     with cluster:
         cluster.add_deployment("worker", replicas=1)
         inside = cluster.write_service_account(tmp_path / "account")
         mounts = {tmp_path / "account": "/var/run/secrets/kubernetes.io/serviceaccount"}
-        done = image.scaler(environ={**settings, **inside}, mounts=mounts)
+        done = image.run({**settings, **inside}, mounts)
         assert cluster.replicas("worker") == 2, done.stdout
 
 
-def test_a_run_asks_the_plugin_that_a_kubeconfig_names(
-    image: Image, cluster: FakeKubernetes, settings: dict[str, str], kubeconfig: Path
-) -> None:
-    config = yaml.safe_load(kubeconfig.read_text())
-    version, status = "client.authentication.k8s.io/v1", {"token": cluster.admin_token}
-    answer = json.dumps({"apiVersion": version, "kind": "ExecCredential", "status": status})
-    plugin = {"apiVersion": version, "interactiveMode": "Never", "command": "sh",
-              "args": ["-c", f"echo '{answer}'"]}  # fmt: skip
-    config["users"][0]["user"] = {"exec": plugin}
-    kubeconfig.write_text(yaml.safe_dump(config))
-    done = image.scaler(environ=settings, mounts={kubeconfig: "/kubeconfig"})
-    assert cluster.replicas("worker") == 2, done.stdout
-
-
 SIGN_IN = """
-import google.auth, google.auth.transport.requests as transport
+import google.auth.aws, google.auth.compute_engine, google.auth.identity_pool
+import google.auth.external_account_authorized_user, google.auth.impersonated_credentials
+import google.auth.pluggable, google.auth.transport.grpc, google.oauth2.credentials
+import google.oauth2.gdch_credentials, google.auth.transport.requests as transport
 from google.cloud.firestore import Client
 credentials, project = google.auth.default(scopes=["any"])
 Client(project, credentials)
@@ -357,7 +322,9 @@ except google.auth.exceptions.TransportError as error:
 """
 
 
-def test_the_key_of_a_google_service_account_can_be_used(image: Image, tmp_path: Path) -> None:
+def test_google_credentials_of_any_kind_can_be_loaded_and_a_key_can_be_used(
+    image: Image, tmp_path: Path
+) -> None:
     """No Google here: a run's first call to Firestore signs a request for a token and sends it, to
     an address where nobody answers."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -367,21 +334,12 @@ def test_the_key_of_a_google_service_account_can_be_used(image: Image, tmp_path:
         "client_email": "scaler@a-project.iam.gserviceaccount.com",
         "token_uri": "http://127.0.0.1:9/token",
     }  # fmt: skip
-    (tmp_path / "key.json").write_text(json.dumps(account))
-    environ, mounts = {"GOOGLE_APPLICATION_CREDENTIALS": "/key"}, {tmp_path / "key.json": "/key"}
-    done = image.run("python", "-c", SIGN_IN, environ=environ, mounts=mounts)
+    path = tmp_path / "key.json"
+    path.write_text(json.dumps(account))
+    environ = {"GOOGLE_APPLICATION_CREDENTIALS": "/key"}
+    done = image.run(environ, {path: "/key"}, "python", "-c", SIGN_IN)
     assert done.stdout.startswith("a-project "), done.stderr
     assert "port=9" in done.stdout and "refused" in done.stdout
-
-
-def test_the_other_kinds_of_google_credentials_can_be_loaded(image: Image) -> None:
-    kinds = (
-        "google.auth.aws, google.auth.compute_engine, google.auth.identity_pool, "
-        "google.auth.external_account_authorized_user, google.auth.impersonated_credentials, "
-        "google.auth.pluggable, google.auth.transport.grpc, google.oauth2.credentials, "
-        "google.oauth2.gdch_credentials"
-    )
-    image.run("python", "-c", f"import {kinds}")
 
 
 def test_nothing_in_the_image_could_install_more(image: Image) -> None:
@@ -395,8 +353,8 @@ def test_the_image_has_byte_code_for_each_of_its_modules(image: Image) -> None:
     places = r"((?:/app|/usr/local/lib/[^/]+/site-packages)/(?:.*/)?)([^/]+)\.py"
     modules = [found for found in (re.fullmatch(places, path) for path in files) if found]
     assert len(modules) > 500
-    compiled = [f"{m[1]}__pycache__/{m[2]}.cpython-{version}.pyc" for m in modules]
-    assert [path for path in compiled if path not in files] == []
+    compiled = {f"{m[1]}__pycache__/{m[2]}.cpython-{version}.pyc" for m in modules}
+    assert compiled - files.keys() == set()
 
 
 def test_the_image_adds_much_less_than_a_plain_install_would(build: Builder) -> None:

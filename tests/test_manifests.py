@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 from grpc import StatusCode  # type: ignore[import-untyped]
@@ -26,10 +27,7 @@ from tests.support.world import PROJECT, REPOSITORY, START, World
 
 pytestmark = pytest.mark.slow
 
-MANIFESTS = ("cronjob.yaml", "rbac.yaml", "guardrails.yaml", "examples/networkpolicy.yaml")
-OLDEST, NEWEST = "1.30", "1.37"  # of the schemas that kubernetes-validate brings
 NAME = "eventstorming-generator"
-USER = "system:serviceaccount:default:queue-scaler"
 
 
 def load(manifest: str) -> list[dict[str, Any]]:
@@ -40,70 +38,52 @@ def one(manifest: str, kind: str) -> dict[str, Any]:
     return next(each for each in load(manifest) if each["kind"] == kind)
 
 
-def pod_of(cronjob: dict[str, Any]) -> dict[str, Any]:
-    return dict(cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"])
+def pod_of(cronjob: dict[str, Any]) -> Any:
+    return cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]
 
 
-def container_of(cronjob: dict[str, Any]) -> dict[str, Any]:
-    (only,) = pod_of(cronjob)["containers"]
-    return dict(only)
+def container_of(cronjob: dict[str, Any]) -> Any:
+    [only] = pod_of(cronjob)["containers"]
+    return only
 
 
 def variables_of(cronjob: dict[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container_of(cronjob)["env"]}
 
 
-def with_comments() -> dict[str, Any]:
-    """cronjob.yaml with all the YAML that stands in comments in force."""
-    text = (REPOSITORY / "cronjob.yaml").read_text()
-    commented = r"(?m)^( *)# ( *(?:- )?(?:value: .+|[A-Za-z_]+:(?: \S+)?))$"
-    # Of the two deadlines one is there instead of the other.
-    text = re.sub(commented, r"\1\2", text.replace("      activeDeadlineSeconds: 55\n", ""))
-    return dict(yaml.safe_load(text))
-
-
-CRONJOB, COMMENTED = one("cronjob.yaml", "CronJob"), with_comments()
+# cronjob.yaml as it is, and with all the YAML in force that stands in comments: one of the two
+# deadlines is there instead of the other.
+TEXT = (REPOSITORY / "cronjob.yaml").read_text()
+IN_COMMENTS = r"(?m)^( *)# ( *(?:- )?(?:value: .+|[A-Za-z_]+:(?: \S+)?))$"
+MORE = re.sub(IN_COMMENTS, r"\1\2", TEXT.replace("      activeDeadlineSeconds: 55\n", ""))
+CRONJOB, COMMENTED = yaml.safe_load(TEXT), yaml.safe_load(MORE)
 JOB = CRONJOB["spec"]["jobTemplate"]["spec"]
-POD = pod_of(CRONJOB)
-
-
-def container() -> dict[str, Any]:
-    return container_of(CRONJOB)
-
-
-def environment() -> dict[str, str]:
-    return variables_of(CRONJOB)
+POD, CONTAINER, VARIABLES = pod_of(CRONJOB), container_of(CRONJOB), variables_of(CRONJOB)
 
 
 def settings() -> scaler.Settings:
-    return scaler.read_settings(environment())
-
-
-# The whole life of the scaler, as a process with the rights of rbac.yaml and the settings of
-# cronjob.yaml, and everything that it asked of the API server: not less than it may, as the tests
-# of the rights and of the guardrails ask for all of it
+    return scaler.read_settings(VARIABLES)
 
 
 @contextmanager
-def installed(rbac: str, replicas: int) -> Iterator[tuple[FakeKubernetes, FakeFirestore, World]]:
+def installed(rbac: str) -> Iterator[tuple[FakeKubernetes, FakeFirestore, World]]:
     """A Deployment, and the scaler with its rights and the settings of cronjob.yaml."""
     with FakeKubernetes(seed=1) as cluster, FakeFirestore(project=PROJECT) as queue:
-        annotations = {"example.com/owner": "team-a"}
-        cluster.add_deployment(NAME, replicas=replicas, annotations=annotations)
+        cluster.add_deployment(NAME, replicas=1, annotations={"example.com/owner": "team-a"})
         cluster.load_rbac(rbac)
         world = World(cluster, queue, NAME, START)
         token = cluster.service_account("queue-scaler")
         kubeconfig = cluster.write_kubeconfig(world.directory / "service-account", token)
-        world.settings = {**environment(), "KUBECONFIG": str(kubeconfig)}
+        world.settings = {**VARIABLES, "KUBECONFIG": str(kubeconfig)}
         yield cluster, queue, world
 
 
 @cache
 def whole_life() -> tuple[FakeKubernetes, list[tuple[Request, dict[str, Any]]]]:
-    """The cluster after it, and each patch with the object that it met."""
+    """All that the scaler may ask of an API server: the cluster after it, and each patch with the
+    object that it met."""
     patches = []
-    rbac = (REPOSITORY / "rbac.yaml").read_text()
-    with installed(rbac, replicas=1) as (cluster, queue, world):
+    with installed((REPOSITORY / "rbac.yaml").read_text()) as (cluster, queue, world):
 
         def remember(request: Request) -> None:
             met = cluster.store.get(request.resource, request.namespace, request.name)
@@ -136,7 +116,7 @@ def whole_life() -> tuple[FakeKubernetes, list[tuple[Request, dict[str, Any]]]]:
 
 def test_rbac_allows_exactly_what_the_script_asks_for() -> None:
     requests = whole_life()[0].requests
-    assert {each.user for each in requests} == {USER}
+    assert {each.user for each in requests} == {"system:serviceaccount:default:queue-scaler"}
     assert not [each for each in requests if each.status in (401, 403)]
     asked = {
         (each.verb, each.group, each.resource, each.name if each.resource == "deployments" else "")
@@ -161,41 +141,28 @@ def test_without_the_rule_for_pods_a_scaler_that_asks_for_no_busy_pods_still_sca
     text = (REPOSITORY / "rbac.yaml").read_text()
     rule = '  - apiGroups: [""]\n    resources: [pods]\n    verbs: [list, patch]\n'
     assert rule in text
-    with installed(text.replace(rule, ""), replicas=3) as (cluster, _, world):
+    with installed(text.replace(rule, "")) as (cluster, _, world):
         world.settings["SCALE_DOWN_STABILIZATION_SECONDS"] = "0"
-        assert world.run(BUSY_FILTER="").reason == "ScaledDown"
         cluster.scale(NAME, 3)
-        world.pass_time(600)
         refused = world.run()
         assert (refused.exit_code, refused.reason) == (2, "Forbidden"), refused
         assert cluster.replicas(NAME) == 3
+        assert world.run(BUSY_FILTER="").reason == "ScaledDown"
 
 
-# Schemas and style
-
-
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
-@pytest.mark.parametrize("manifest", MANIFESTS)
-def test_the_manifests_meet_kubernetes_own_schema(manifest: str, version: str) -> None:
-    import kubernetes_validate  # type: ignore[import-untyped]
-
-    more = [COMMENTED] if manifest == "cronjob.yaml" else []
-    for document in [*load(manifest), *more]:
+@pytest.mark.parametrize("version", ["1.30", "1.37"])  # the oldest and the newest that it knows
+def test_the_manifests_meet_kubernetes_own_schema(version: str) -> None:
+    manifests = ("cronjob.yaml", "rbac.yaml", "guardrails.yaml", "examples/networkpolicy.yaml")
+    for document in [COMMENTED, *(each for manifest in manifests for each in load(manifest))]:
         kubernetes_validate.validate(document, version, strict=True)
 
 
-# cronjob.yaml
-
-
-def test_every_variable_is_a_setting_and_its_value_parses() -> None:
+def test_every_variable_is_a_setting_that_parses_and_is_the_default_where_there_is_one() -> None:
     variables = variables_of(COMMENTED)
     known = {each.name.upper() for each in fields(scaler.Settings)}
     assert variables.keys() - known == {"GOOGLE_APPLICATION_CREDENTIALS"}
     assert scaler.read_settings(variables).scheduled_min_replicas
     assert settings().busy_filter, "busy-awareness is switched on"
-
-
-def test_the_values_in_the_block_to_edit_are_the_defaults_where_there_are_any() -> None:
     bare = scaler.read_settings({"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"})
     assert replace(settings(), busy_filter=None) == bare
 
@@ -216,11 +183,11 @@ def test_the_last_decisions_stay_readable_for_a_scale_down_and_its_cooldown() ->
     for limit in ("successfulJobsHistoryLimit", "failedJobsHistoryLimit"):
         assert CRONJOB["spec"][limit] > 2 * minutes
     assert "ttlSecondsAfterFinished" not in JOB
-    assert container()["terminationMessagePolicy"] == "FallbackToLogsOnError"
-    assert "terminationMessagePath" not in container(), "the script writes to the default path"
+    assert CONTAINER["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    assert "terminationMessagePath" not in CONTAINER, "the script writes to the default path"
 
 
-def test_the_pods_meet_the_pod_security_standard_restricted_and_have_the_images_user() -> None:
+def test_the_pods_meet_the_standard_restricted_with_the_images_user_and_have_bounds() -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/, field by field."""
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
     user, group = map(int, re.findall(r"(?m)^USER ([1-9]\d+):([1-9]\d+)$", dockerfile)[0])
@@ -228,43 +195,34 @@ def test_the_pods_meet_the_pod_security_standard_restricted_and_have_the_images_
         "runAsNonRoot": True, "runAsUser": user, "runAsGroup": group,
         "seccompProfile": {"type": "RuntimeDefault"},
     }  # fmt: skip
-    assert container()["securityContext"] == {
+    assert CONTAINER["securityContext"] == {
         "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
         "readOnlyRootFilesystem": True,
     }  # fmt: skip
     forbidden = {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
-    assert not (forbidden | {"ports", "lifecycle", "livenessProbe"}) & {*POD, *container()}
-    assert pod_of(COMMENTED)["hostUsers"] is False
+    assert not (forbidden | {"ports", "lifecycle", "livenessProbe"}) & {*POD, *CONTAINER}
+    assert pod_of(COMMENTED)["hostUsers"] is POD["enableServiceLinks"] is False
+    bounds = CONTAINER["resources"]
+    assert bounds["requests"].keys() - bounds["limits"] == {"cpu"}, "which no limit should stretch"
 
 
-def test_the_resources_are_requests_and_a_memory_limit() -> None:
-    resources = container()["resources"]
-    assert set(resources["requests"]) == {"cpu", "memory", "ephemeral-storage"}
-    assert set(resources["limits"]) == {"memory", "ephemeral-storage"}
-    assert POD["enableServiceLinks"] is False
-
-
-def test_the_token_lives_ten_minutes_where_every_client_looks_for_it() -> None:
+def test_the_token_and_the_key_in_comments_lie_where_the_clients_look_for_them() -> None:
     for each in (POD, one("rbac.yaml", "ServiceAccount")):
         assert each["automountServiceAccountToken"] is False
-    (mount,) = container()["volumeMounts"]
-    path = "/var/run/secrets/kubernetes.io/serviceaccount"
-    assert mount == {"name": "token", "mountPath": path, "readOnly": True}
-    (volume,) = POD["volumes"]
-    assert volume.keys() == {"name", "projected"} and volume["name"] == mount["name"]
-    token, authority, namespace = volume["projected"]["sources"]
-    assert token == {"serviceAccountToken": {"path": "token", "expirationSeconds": 600}}
+    token, key = pod_of(COMMENTED)["volumes"]
+    path = Path(variables_of(COMMENTED)["GOOGLE_APPLICATION_CREDENTIALS"])
+    places = {
+        token["name"]: "/var/run/secrets/kubernetes.io/serviceaccount",
+        key["name"]: str(path.parent),
+    }
+    mounts = container_of(COMMENTED)["volumeMounts"]
+    assert {mount["name"]: mount["mountPath"] for mount in mounts} == places
+    assert all(mount["readOnly"] for mount in mounts)
+    assert "secret" in key and path.name == "key.json"
+    account, authority, namespace = token["projected"]["sources"]
+    assert account == {"serviceAccountToken": {"path": "token", "expirationSeconds": 600}}
     assert authority["configMap"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
     assert namespace["downwardAPI"]["items"][0]["path"] == "namespace"
-
-
-def test_the_key_in_comments_lies_where_its_variable_says() -> None:
-    _, volume = pod_of(COMMENTED)["volumes"]
-    _, mount = container_of(COMMENTED)["volumeMounts"]
-    assert volume.keys() == {"name", "secret"}
-    assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
-    path = mount["mountPath"] + "/key.json"
-    assert variables_of(COMMENTED)["GOOGLE_APPLICATION_CREDENTIALS"] == path
 
 
 def test_the_cronjob_its_jobs_and_its_pods_tell_whose_they_are() -> None:
@@ -287,56 +245,34 @@ def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> No
     # As `poll` has it, with looks of a second at most: it ends a second before its time.
     last = max(due for due in range(0, most, interval) if due + 1 <= most - 1)
     assert 60 - last <= interval
-    text = (REPOSITORY / "cronjob.yaml").read_text()
-    assert f"Look every {interval} s" in text and f"{86_400 // interval:,} a day" in text
+    assert f"Look every {interval} s" in TEXT and f"{86_400 // interval:,} a day" in TEXT
 
 
-# kustomize
-
-
-def kustomize(directory: Path) -> list[dict[str, Any]]:
-    command = [need("kubectl"), "kustomize", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
-
-
-def test_the_base_is_the_two_manifests() -> None:
-    def by_kind(document: dict[str, Any]) -> str:
-        return str(document["kind"])
-
-    expected = [*load("rbac.yaml"), *load("cronjob.yaml")]
-    assert sorted(kustomize(REPOSITORY), key=by_kind) == sorted(expected, key=by_kind)
-
-
-EDITED = "edited-deployment"
-
-
-@pytest.mark.parametrize("namespace", ["default", "media"])
 @pytest.mark.parametrize(
-    ("naming", "name"),
+    ("naming", "name", "namespace"),
     [
-        ("nameSuffix: -thumbnails", "queue-scaler-thumbnails"),
-        ('nameSuffix: "2"', "queue-scaler2"),
-        ("namePrefix: prod", "prodqueue-scaler"),
+        ("nameSuffix: -thumbnails", "queue-scaler-thumbnails", "default"),
+        ('nameSuffix: "2"', "queue-scaler2", "media"),
+        ("namePrefix: prod", "prodqueue-scaler", "media"),
     ],
 )
 def test_everything_in_an_overlay_is_about_its_own_deployment(
-    tmp_path: Path, namespace: str, naming: str, name: str
+    tmp_path: Path, naming: str, name: str, namespace: str
 ) -> None:
     """The example overlay as its comment says: copied to beside the repository, which somebody has
     edited for a scaler without kustomize."""
     (tmp_path / "queue-scaler").mkdir()
     for each in REPOSITORY.glob("*.yaml"):
-        text = each.read_text().replace(NAME, EDITED)
+        text = each.read_text().replace(NAME, "edited-deployment")
         text = text.replace("image: queue-scaler ", "image: registry.example.com/edited:1 ")
         (tmp_path / "queue-scaler" / each.name).write_text(text)
     shutil.copytree(REPOSITORY / "examples/overlay", tmp_path / "thumbnails")
     path = tmp_path / "thumbnails/kustomization.yaml"
     text = path.read_text().replace("namespace: default", f"namespace: {namespace}")
     path.write_text(text.replace("nameSuffix: -thumbnails", naming))
-    documents = kustomize(path.parent)
-    assert EDITED not in json.dumps(documents)
+    built = subprocess.check_output([need("kubectl"), "kustomize", str(path.parent)])
+    documents = [*yaml.safe_load_all(built)]
+    assert "edited-deployment" not in json.dumps(documents)
     account, role, binding, cronjob = documents
     assert {each["metadata"]["name"] for each in documents} == {name}
     label = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
@@ -346,7 +282,7 @@ def test_everything_in_an_overlay_is_about_its_own_deployment(
     assert binding["roleRef"]["name"] == name
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
     assert pod_of(cronjob)["serviceAccountName"] == name
-    assert variables_of(cronjob) == {**environment(), "DEPLOYMENT": "thumbnails"}
+    assert variables_of(cronjob) == {**VARIABLES, "DEPLOYMENT": "thumbnails"}
     assert container_of(cronjob)["image"] == "registry.example.com/queue-scaler:0.2.0"
     instance = {"app": "queue-scaler", "app.kubernetes.io/instance": "thumbnails"}
     assert labels_of(cronjob) == [instance] * 3

@@ -30,11 +30,8 @@ DOCS = REPOSITORY / "docs"
 OPERATIONS = DOCS / "operations.md"
 TRANSLATED = {README: KOREAN, DOCS / "troubleshooting.md": DOCS / "troubleshooting.ko.md"}
 PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
-NEEDED = {"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-# --- Reading the pages -------------------------------------------------------------------------
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -65,10 +62,6 @@ def plain(cell: str) -> str:
     return re.sub(r"\[(.*?)\]\([^)]*\)", r"\1", cell).replace("`", "").strip("| ")
 
 
-def codes(text: str) -> list[str]:
-    return sorted(re.findall(r"`([^`]+)`", text))
-
-
 def commands(page: Path) -> list[str]:
     """What a person types, in the order of the page: each ends where its quotes are closed."""
     found: list[str] = []
@@ -86,9 +79,6 @@ def commands(page: Path) -> list[str]:
     return found
 
 
-# --- Tables ------------------------------------------------------------------------------------
-
-
 def test_the_settings_table_is_that_of_the_code() -> None:
     wanted = [
         [item.name.upper(), item.metadata["shown"], item.metadata["meaning"]]
@@ -98,41 +88,33 @@ def test_the_settings_table_is_that_of_the_code() -> None:
 
 
 def test_the_annotations_table_names_every_annotation() -> None:
-    wanted = {
-        value
-        for value in vars(scaler).values()
-        if isinstance(value, str) and re.fullmatch(r"queue-scaler/[a-z-]+", value)
-    }
+    names = [str(value) for value in vars(scaler).values()]
+    wanted = {name for name in names if re.fullmatch(r"queue-scaler/[a-z-]+", name)}
     assert {row[0] for row in table_of(README, scaler.LAST_SCALE_TIME)} == wanted
+
+
+def skeleton(page: Path) -> dict[str, object]:
+    """All of a page that no translation touches."""
+    text, comments = prose(page), re.compile(r"(^|\s+)# .*$", re.MULTILINE)
+    rows = [" ".join(row) for table in tables(page) for row in table]
+    return {
+        "sections": re.findall(r"^#+", text, re.MULTILINE),
+        "tables": [sorted(re.findall(r"`([^`]+)`", row)) for row in rows],
+        "code": [(lang, comments.sub("", body)) for lang, body in FENCE.findall(page.read_text())],
+        "links": sorted(re.findall(r"\]\(([^)#]+)", text.replace(".ko.md", ".md"))),
+    }
 
 
 @pytest.mark.parametrize(("english", "translation"), TRANSLATED.items(), ids=lambda p: p.name)
 def test_both_languages_have_the_same_sections_tables_code_and_links(
     english: Path, translation: Path
 ) -> None:
-    def skeleton(page: Path) -> dict[str, object]:
-        """All of a page that no translation touches."""
-        code = [
-            (language, re.sub(r"(^|\s+)# .*$", "", body, flags=re.MULTILINE))
-            for language, body in FENCE.findall(page.read_text())
-        ]
-        links = re.findall(r"\]\(([^)#]+)", prose(page).replace(".ko.md", ".md"))
-        return {
-            "sections": re.findall(r"^#+", prose(page), re.MULTILINE),
-            "tables": [[codes(" ".join(row)) for row in table] for table in tables(page)],
-            "code": code,
-            "links": sorted(links),
-        }
-
     assert skeleton(translation) == skeleton(english)
 
 
-@pytest.mark.parametrize("page", [README, KOREAN], ids=lambda page: page.name)
-def test_the_readme_is_read_in_one_sitting(page: Path) -> None:
-    assert len(page.read_text().splitlines()) <= 220
-
-
-# --- Links -------------------------------------------------------------------------------------
+def test_the_readme_is_read_in_one_sitting() -> None:
+    for page in (README, KOREAN):
+        assert len(page.read_text().splitlines()) <= 220, page
 
 
 def anchors(page: Path) -> set[str]:
@@ -149,9 +131,6 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             there = (page.parent / path).resolve() if path else page
             assert there.exists(), target
             assert not anchor or anchor in anchors(there), target
-
-
-# --- What the script prints --------------------------------------------------------------------
 
 
 @every_page
@@ -176,9 +155,6 @@ def test_the_record_on_the_page_is_one_that_a_run_leaves(runs: list[Run]) -> Non
     assert shown in [{**run.record, "durationSeconds": shown["durationSeconds"]} for run in runs]
 
 
-# --- Commands ----------------------------------------------------------------------------------
-
-
 @every_page
 def test_every_make_target_exists(page: Path) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -188,27 +164,23 @@ def test_every_make_target_exists(page: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def chosen(page: Path) -> Iterator[dict[str, str | None]]:
-    """The variables of each command and block; None where one is unset."""
-    for command in commands(page):
-        if " set env " in command and "--local" not in command:
-            words = shlex.split(command)
-            found = (re.fullmatch(r"([A-Z_]+)(?:=(.*)|-)", word) for word in words)
-            yield {one[1]: one[2] for one in found if one}
-    for block in blocks(page, "yaml"):
-        yield {one["name"]: one["value"] for one in yaml.safe_load(block).get("env", [])}
-
-
 @every_page
 def test_every_setting_of_a_command_or_block_is_accepted(page: Path) -> None:
+    chosen = [yaml.safe_load(block).get("env", []) for block in blocks(page, "yaml")]
+    for command in commands(page):
+        if " set env " in command and "--local" not in command:
+            words = [re.fullmatch(r"([A-Z_]+)(?:=(.*)|-)", word) for word in shlex.split(command)]
+            chosen.append([{"name": word[1], "value": word[2]} for word in words if word])
     known = {item.name.upper() for item in fields(scaler.Settings)}
-    for variables in chosen(page):
-        assert variables.keys() <= known
-        scaler.read_settings(NEEDED | {k: v for k, v in variables.items() if v is not None})
+    for variables in chosen:
+        values = {one["name"]: one["value"] for one in variables}  # None where one is unset
+        assert values.keys() <= known
+        given = {name: value for name, value in values.items() if value is not None}
+        scaler.read_settings({"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs", **given})
 
 
 CRONJOB = yaml.safe_load((REPOSITORY / "cronjob.yaml").read_text())
-JOBS = ("queue-scaler-first", "scale-now", "scale-try")
+BY_HAND = ("scale-now", "scale-try")
 PODS = ("queue-scaler-1", "queue-scaler-0")  # the second is the later run
 SCALER_LABELS = CRONJOB["metadata"]["labels"]
 
@@ -226,7 +198,7 @@ def cluster() -> Iterator[ForKubectl]:
         cronjob["metadata"] |= {"namespace": "default", "uid": "1", "resourceVersion": "1"}
         cluster.objects = {
             "cronjobs": {"queue-scaler": cronjob},
-            "jobs": {name: ended_job(name) for name in JOBS},
+            "jobs": {name: ended_job(name) for name in ("queue-scaler-first", *BY_HAND)},
             "horizontalpodautoscalers": {NAME: ended_job(NAME)},
             "networkpolicies": {},
         }
@@ -242,14 +214,9 @@ def world(cluster: ForKubectl, queue: FakeFirestore, tmp_path: Path) -> World:
 
 def typed(text: str, world: World) -> subprocess.CompletedProcess[str]:
     """What comes of what a person types, one line or several."""
-    return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", text],
-        env=world.environment(EDITOR="true"),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = ["timeout", "60", "bash", "-o", "pipefail", "-c", text]
+    environ = world.environment(EDITOR="true")
+    return subprocess.run(command, env=environ, cwd=REPOSITORY, capture_output=True, text=True)
 
 
 # What nobody answers here: it needs an administrator, another API group, a kubelet or another
@@ -287,7 +254,7 @@ def test_kubectl_does_what_the_page_tells_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["scale-now", "scale-try"])
+@pytest.mark.parametrize("job", BY_HAND)
 def test_a_run_by_hand_shows_its_log_and_leaves_nothing_and_a_try_is_a_dry_run(
     job: str, cluster: ForKubectl, world: World
 ) -> None:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ import yaml
 import scaler
 from tests.support.world import REPOSITORY
 
-IMAGE = "ghcr.io/somebody/queue-scaler:1.2.3@sha256:" + 64 * "0"
-
 
 def load(path: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text()))
@@ -29,60 +26,49 @@ def load(path: Path) -> dict[str, Any]:
 WORKFLOWS = {path.name: load(path) for path in (REPOSITORY / ".github/workflows").iterdir()}
 
 
-def steps(workflow: str) -> Iterator[dict[str, Any]]:
-    for job in WORKFLOWS[workflow]["jobs"].values():
-        yield from job.get("steps", [])
+def steps(workflow: str) -> list[dict[str, Any]]:
+    jobs = WORKFLOWS[workflow]["jobs"].values()
+    return [step for job in jobs for step in job.get("steps", [])]
 
 
-def run_step(name: str, directory: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a step of the release as GitHub does, with the variables that it would set."""
+def succeeds(name: str, directory: Path, **environ: str) -> bool:
+    """Whether a step of the release does, run as GitHub does, with the variables that it sets."""
     [step] = [one for one in steps("release.yml") if one.get("name") == name]
-    return subprocess.run(
-        ["bash", "-e", "-c", step["run"]],
-        cwd=directory,
-        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **environ},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """What the steps of a release find in the repository."""
-    for name in ("scaler.py", "cronjob.yaml", "CHANGELOG.md"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    return tmp_path
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    command = ["bash", "-e", "-c", step["run"]]
+    return not subprocess.run(command, cwd=directory, env={"PATH": path, **environ}).returncode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tag", "right"),
-    [(f"v{scaler.__version__}", True), (scaler.__version__, False), ("v99.0.0", False)],
-)
-def test_a_tag_has_to_be_the_version(tag: str, right: bool, checkout: Path) -> None:
-    step = "The tag is the version that the script has"
-    done = run_step(step, checkout, GITHUB_REF_NAME=tag)
-    assert (done.returncode == 0) is right, done
+def test_a_tag_has_to_be_the_version(tmp_path: Path) -> None:
+    step, version = "The tag is the version that the script has", scaler.__version__
+    shutil.copy(REPOSITORY / "scaler.py", tmp_path)
+    assert succeeds(step, tmp_path, GITHUB_REF_NAME=f"v{version}")
+    for wrong in (version, "v99.0.0"):
+        assert not succeeds(step, tmp_path, GITHUB_REF_NAME=wrong)
 
 
 @pytest.mark.slow
-def test_a_release_runs_its_own_image_or_fails(checkout: Path) -> None:
-    put_in, manifest = "Put the image into cronjob.yaml", checkout / "cronjob.yaml"
+def test_a_release_runs_its_own_image_or_fails(tmp_path: Path) -> None:
+    step = "Put the image into cronjob.yaml"
+    manifest = Path(shutil.copy(REPOSITORY / "cronjob.yaml", tmp_path))
+    image = "ghcr.io/somebody/queue-scaler:1.2.3@sha256:" + 64 * "0"
     expected = load(manifest)
     template = expected["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-    template["containers"][0]["image"] = IMAGE
-    done = run_step(put_in, checkout, IMAGE=IMAGE)
-    assert (done.returncode, load(manifest)) == (0, expected), done
-    assert run_step(put_in, checkout, IMAGE="another").returncode, "its place is taken"
+    template["containers"][0]["image"] = image
+    assert succeeds(step, tmp_path, IMAGE=image)
+    assert load(manifest) == expected
+    assert not succeeds(step, tmp_path, IMAGE="another"), "its place is taken"
 
 
 @pytest.mark.slow
-def test_the_notes_of_a_release_are_its_part_of_the_changelog(checkout: Path) -> None:
+def test_the_notes_of_a_release_are_its_part_of_the_changelog(tmp_path: Path) -> None:
     step, tag = "Take the notes from CHANGELOG.md", f"v{scaler.__version__}"
-    assert run_step(step, checkout, GITHUB_REF_NAME=tag).returncode == 0, "this version's"
-    (checkout / "CHANGELOG.md").write_text("## 0.2.0\n\n- new\n\n## 0.1.0\n\n- old\n")
-    assert run_step(step, checkout, GITHUB_REF_NAME="v0.2.0").returncode == 0
-    assert (checkout / "notes.md").read_text().strip() == "- new"
+    changes = Path(shutil.copy(REPOSITORY / "CHANGELOG.md", tmp_path))
+    assert succeeds(step, tmp_path, GITHUB_REF_NAME=tag), "this version has some"
+    changes.write_text("## 0.2.0\n\n- new\n\n## 0.1.0\n\n- old\n")
+    assert succeeds(step, tmp_path, GITHUB_REF_NAME="v0.2.0")
+    assert (tmp_path / "notes.md").read_text().strip() == "- new"
 
 
 def test_jobs_write_only_what_they_have_to() -> None:
@@ -108,12 +94,10 @@ def test_the_workflow_asks_what_ci_run_asks() -> None:
 
 def test_pre_commit_has_the_versions_of_requirements_dev() -> None:
     requirements = (REPOSITORY / "requirements-dev.txt").read_text()
-    repos = load(REPOSITORY / ".pre-commit-config.yaml")["repos"]
-    found = {one["repo"].rpartition("/")[2]: one.get("rev") for one in repos}
-    for repo, package in {"ruff-pre-commit": "ruff", "yamllint": "yamllint"}.items():
-        version = found.pop(repo).removeprefix("v")
-        assert f"\n{package}=={version} " in requirements
-    assert found == {"local": None}
+    for one in load(REPOSITORY / ".pre-commit-config.yaml")["repos"]:
+        if one["repo"] != "local":
+            package = one["repo"].rpartition("/")[2].removesuffix("-pre-commit")
+            assert f"\n{package}=={one['rev'].removeprefix('v')} " in requirements
 
 
 def test_a_line_is_as_long_for_every_tool() -> None:

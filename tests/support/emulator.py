@@ -26,11 +26,6 @@ from google.cloud.firestore import Client
 # Read at import: tests set this variable for the clients that they start.
 NAMED_HOST = os.environ.get("FIRESTORE_EMULATOR_HOST", "")
 
-START_SECONDS = 60
-STOP_SECONDS = 5
-MAIN_CLASS = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
-COMPONENT = "platform/cloud-firestore-emulator/cloud-firestore-emulator.jar"
-
 # The shell reads a pipe that nobody writes to. It ends with the process that holds the other
 # end, however that died, and then the whole group goes; so it does if the emulator itself ends.
 UNTIL_PARENT_ENDS = '{ "$@"; kill 0; } & read -r _; kill 0'
@@ -40,20 +35,18 @@ UNTIL_PARENT_ENDS = '{ "$@"; kill 0; } & read -r _; kill 0'
 class Emulator:
     host: str
 
-    def answers(self) -> bool:
+    def ask(self, method: str, path: str) -> int:
+        """The status of its answer, or 0 where there is none."""
         with suppress(urllib3.exceptions.HTTPError):
-            return self._ask("GET", "/") == 200
-        return False
+            url = f"http://{self.host}{path}"
+            return urllib3.request(method, url, retries=False, timeout=30).status
+        return 0
 
     def clear(self, project: str) -> None:
         """Delete every document of the default database."""
         path = f"/emulator/v1/projects/{project}/databases/(default)/documents"
-        status = self._ask("DELETE", path)
+        status = self.ask("DELETE", path)
         assert status == 200, f"the emulator answered {status} to DELETE {path}"
-
-    def _ask(self, method: str, path: str) -> int:
-        url = f"http://{self.host}{path}"
-        return urllib3.request(method, url, retries=False, timeout=30).status
 
 
 @functools.cache
@@ -62,9 +55,10 @@ def emulator_or_reason() -> Emulator | str:
     if NAMED_HOST:
         named = Emulator(NAMED_HOST)
         reason = f"nothing answers at FIRESTORE_EMULATOR_HOST={NAMED_HOST}"
-        return named if named.answers() else reason
+        return named if named.ask("GET", "/") == 200 else reason
     gcloud, java = shutil.which("gcloud"), shutil.which("java")
-    beside = Path(gcloud).resolve().parents[1] / COMPONENT if gcloud else ""
+    component = "platform/cloud-firestore-emulator/cloud-firestore-emulator.jar"
+    beside = Path(gcloud).resolve().parents[1] / component if gcloud else ""
     jar = Path(os.environ.get("FIRESTORE_EMULATOR_JAR") or beside)
     if not jar.is_file():
         return (
@@ -80,8 +74,9 @@ def start(java: str, jar: Path) -> Emulator | str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     emulator = Emulator(f"127.0.0.1:{port}")
+    main = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
     # Its messages are in English only if it is told so.
-    command = [java, "-Duser.language=en", "-cp", str(jar), MAIN_CLASS]
+    command = [java, "-Duser.language=en", "-cp", str(jar), main]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             ["sh", "-c", UNTIL_PARENT_ENDS, "sh", *command, "--host=127.0.0.1", f"--port={port}"],
@@ -91,9 +86,9 @@ def start(java: str, jar: Path) -> Emulator | str:
             start_new_session=True,
         )
         atexit.register(stop, process)
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
-            if emulator.answers():
+            if emulator.ask("GET", "/") == 200:
                 return emulator
             time.sleep(0.1)
         stop(process)
@@ -102,10 +97,6 @@ def start(java: str, jar: Path) -> Emulator | str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    with suppress(subprocess.TimeoutExpired):
-        if process.stdin:
-            process.stdin.close()
-        process.wait(STOP_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
