@@ -3,7 +3,6 @@ Google's own client; and what only the fake has: its records, and the proxy befo
 
 from __future__ import annotations
 
-import math
 import socket
 import socketserver
 import threading
@@ -48,47 +47,26 @@ def where(query: Any, *filters: tuple[str, str, object]) -> Any:
 # --- What both of them answer ------------------------------------------------------------------
 
 MIXED: dict[str, object] = {
-    "null": None, "false": False, "true": True, "minus": -1, "one": 1, "one-as-float": 1.0,
+    "null": None, "true": True, "minus": -1, "one": 1, "one-as-float": 1.0,
     "big-float": float(2**53), "big": 2**53 + 1, "day": datetime(2026, 1, 1, tzinfo=UTC),
     "a": "a", "b": "b", "bytes": b"x", "list": [1, 2], "map": {"a": 1},
 }  # fmt: skip
 NO_NULL = list(MIXED)[1:]
+ONES = ["one", "one-as-float"]
+PODS = [f"pod-{number:02}" for number in range(31)]
 
 FILTERS: list[tuple[str, object, list[str]]] = [
-    ("==", None, ["null"]),
-    ("==", True, ["true"]),
-    ("==", 1, ["one", "one-as-float"]),
+    ("==", 1, ONES),
     ("==", 2**53, ["big-float"]),
     ("==", "a", ["a"]),
     ("==", "1", []),
-    ("!=", None, NO_NULL),
-    ("!=", 1, [name for name in NO_NULL if not name.startswith("one")]),
-    ("<", 1, ["minus"]),
-    ("<=", 1, ["minus", "one", "one-as-float"]),
+    ("!=", 1, [name for name in NO_NULL if name not in ONES]),
+    ("!=", "a", [name for name in NO_NULL if name != "a"]),
     (">", 1, ["big", "big-float"]),
-    (">=", 1.0, ["big", "big-float", "one", "one-as-float"]),
-    ("<", True, ["false"]),
-    ("<", "b", ["a"]),
     (">", "a", ["b"]),
-    ("in", [1, "a"], ["a", "one", "one-as-float"]),
-    ("in", [None, True], ["true"]),
-    ("in", [1, 1, 1], ["one", "one-as-float"]),
+    ("in", [1, "a"], ["a", *ONES]),
+    ("in", [1, 1, 1], ONES),
 ]
-
-
-def test_a_filter_finds_what_it_should(any_queue: Queue, db: Client) -> None:
-    """One document for each kind of value in `v`, and one without the field."""
-    for name, value in MIXED.items():
-        any_queue.put(f"mixed/{name}", {"v": value})
-    any_queue.put("mixed/missing", {"w": 1})
-    for operator, value, expected in FILTERS:
-        query = where(db.collection("mixed"), ("v", operator, value))
-        found = [path.removeprefix("mixed/") for path in ids(query)]
-        assert found == sorted(expected), (operator, value)
-        assert count(query) == len(expected), (operator, value)
-
-
-PODS = [f"pod-{number:02}" for number in range(31)]
 REFUSED: list[list[tuple[str, str, object]]] = [
     [("v", "in", [])],
     [("v", "in", PODS)],
@@ -96,17 +74,24 @@ REFUSED: list[list[tuple[str, str, object]]] = [
 ]
 
 
-@pytest.mark.parametrize("filters", REFUSED, ids=["none", "31", "6 times 6"])
-def test_an_in_of_nothing_or_of_more_than_thirty_is_refused(
-    any_queue: Queue, db: Client, filters: list[tuple[str, str, object]]
-) -> None:
-    any_queue.put("jobs/1", {"v": 1})
-    for ask in (ids, count):
-        with pytest.raises(exceptions.InvalidArgument):
-            ask(where(db.collection("jobs"), *filters))
+def test_a_filter_finds_what_it_should_or_is_refused(any_queue: Queue, db: Client) -> None:
+    """One document for each kind of value in `v`, and one without the field."""
+    for name, value in MIXED.items():
+        any_queue.put(f"mixed/{name}", {"v": value})
+    any_queue.put("mixed/missing", {"w": 1})
+    mixed = db.collection("mixed")
+    for operator, value, expected in FILTERS:
+        query = where(mixed, ("v", operator, value))
+        found = [path.removeprefix("mixed/") for path in ids(query)]
+        assert found == sorted(expected), (operator, value)
+        assert count(query) == len(expected), (operator, value)
+    for filters in REFUSED:
+        for ask in (ids, count):
+            with pytest.raises(exceptions.InvalidArgument):
+                ask(where(mixed, *filters))
 
 
-def test_filters_limits_and_lists_combine(any_queue: Queue, db: Client) -> None:
+def test_filters_limits_lists_and_collections_combine(any_queue: Queue, db: Client) -> None:
     for number, pod in enumerate(PODS):
         any_queue.put(f"jobs/{pod}", {"status": "busy" if number % 2 else "done", "pod": pod})
     jobs, busy = db.collection("jobs"), ("status", "==", "busy")
@@ -115,19 +100,11 @@ def test_filters_limits_and_lists_combine(any_queue: Queue, db: Client) -> None:
     assert count(where(jobs, busy, ("pod", "in", PODS[:30]))) == 15
     assert ids(where(jobs, busy, ("pod", ">", "pod-27"))) == ["jobs/pod-29"]
     assert count(where(jobs, busy, ("status", "==", "done"))) == 0
-
-
-def test_documents_lie_in_collections_and_groups(any_queue: Queue, db: Client) -> None:
-    paths = ["jobs/1", "tenants/a/jobs/2", "tenants/b/jobs/3", "tenants/a/jobs/2/jobs/4"]
-    for path in paths:
-        any_queue.put(path, {"status": "waiting", "deep": {"pod": "p-1", "a b": 1}})
-    any_queue.put("tenants/a/jobsite/5", {"status": "waiting"})
-    group = db.collection_group("jobs")
-    assert ids(group) == sorted(paths) and count(group.limit(2)) == 2
-    assert ids(db.collection("tenants/a/jobs")) == ["tenants/a/jobs/2"]
-    assert (count(db.collection("jobs")), count(db.collection("tenants"))) == (1, 0)
-    assert count(where(group, ("deep.pod", "==", "p-1"), ("deep.`a b`", "==", 1))) == 4
-    selected = [one.to_dict() for one in db.collection("jobs").select(["deep.pod", "x"]).stream()]
+    any_queue.put("tenants/a/jobs/2", {"status": "busy", "deep": {"pod": "p-1", "a b": 1}})
+    tenants = db.collection("tenants/a/jobs")
+    assert (count(jobs), count(db.collection("tenants"))) == (31, 0)
+    assert ids(tenants) == ids(where(tenants, ("deep.`a b`", "==", 1))) == ["tenants/a/jobs/2"]
+    selected = [one.to_dict() for one in tenants.select(["deep.pod", "x"]).stream()]
     assert selected == [{"deep": {"pod": "p-1"}}]
 
 
@@ -146,12 +123,11 @@ def test_calls_are_recorded_with_the_reads_that_firestore_bills(
     for ask in (count, lambda query: count(query.limit(1_000)), lambda q: ids(q.limit(7))):
         ask(where(jobs, ("status", "==", "waiting")))
     count(db.collection("nothing"))
-    ids(db.collection_group("jobs").select(["pod"]).limit(2))
+    ids(jobs.select(["pod"]).limit(2))
     assert [call.reads_billed for call in queue.calls] == [3, 1, 7, 1, 2]
-    assert queue.calls[1].filters == (("status", "==", "waiting"),)
-    assert (queue.calls[1].limit, queue.calls[1].status) == (1_000, "OK")
-    last = queue.calls[-1]
-    assert (last.kind, last.path, last.select) == ("query", "**/jobs", ("pod",))
+    first, last = queue.calls[1], queue.calls[-1]
+    assert (first.filters, first.limit) == ((("status", "==", "waiting"),), 1_000)
+    assert (first.kind, last.kind, last.select) == ("count", "query", ("pod",))
 
 
 @fake_alone
@@ -160,8 +136,9 @@ def test_what_the_fake_does_not_have_it_refuses(db: Client) -> None:
     for query in (
         jobs.order_by("v"),
         jobs.where(filter=Or([FieldFilter("v", "==", 1), FieldFilter("v", "==", 2)])),
-        where(jobs, ("v", "not-in", [1])),
-        where(jobs, ("v", "==", math.nan)),
+        db.collection_group("jobs"),
+        where(jobs, ("v", "<", 1)),
+        where(jobs, ("v", "==", None)),
         where(jobs, ("v", "in", [[1]])),
     ):
         with pytest.raises(exceptions.MethodNotImplemented):
@@ -212,7 +189,8 @@ def test_the_proxy_treats_a_connection_as_told_and_recovers(
             proxy.become(mode, **more)
             begun = time.monotonic()
             assert (said(proxy), proxy.bytes_answered) == (expected, answered)
-            assert time.monotonic() - begun >= more.get("seconds", 0)
+            waits = answered if mode == "drip" else 1
+            assert time.monotonic() - begun >= waits * more.get("seconds", 0)
             proxy.become("pass")
             assert said(proxy) == "hello"
         server.shutdown()

@@ -6,18 +6,16 @@
         ...  # run a client with FIRESTORE_EMULATOR_HOST=queue.host
         assert [call.reads_billed for call in queue.calls] == [0, 0, 1]
 
-It has what the scaler's tests use: counts and queries, with filters that compare null, booleans,
-numbers and text, with a limit and with selected fields. tests/test_firestore_contract.py asks it
-and the official emulator the same questions; all else is UNIMPLEMENTED. It has every index: a
-missing one is a fault, `missing_index()`.
+It has what the scaler's tests use: counts and queries, with filters that compare numbers and text,
+with a limit and with selected fields. tests/test_firestore_contract.py asks it and the official
+emulator the same questions; all else is UNIMPLEMENTED. It has every index: a missing one is a
+fault, `missing_index()`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +23,8 @@ from threading import Event, RLock
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
-from google.cloud.firestore_v1._helpers import decode_value, encode_dict
-from google.cloud.firestore_v1.field_path import parse_field_path
+from google.cloud.firestore_v1._helpers import decode_value, encode_dict, set_field_value
+from google.cloud.firestore_v1.field_path import FieldPath, parse_field_path
 from google.cloud.firestore_v1.types import document, firestore
 from grpc import StatusCode
 
@@ -37,12 +35,7 @@ Fields = Mapping[str, Any]
 
 MAX_DISJUNCTIONS = 30
 INDEX_ENTRIES_PER_READ = 1_000
-NAME = re.compile(r"(projects/[^/]+/databases/([^/]+)/documents)(?:/(.+))?")
-OPERATORS = {1: "<", 2: "<=", 3: ">", 4: ">=", 5: "==", 6: "!=", 8: "in"}
-NULL_OPERATORS = {3: "==", 5: "!="}
-WITHIN_A_TYPE: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
-}  # fmt: skip
+OPERATORS = {3: ">", 5: "==", 6: "!=", 8: "in"}
 
 
 class Refused(Exception):
@@ -55,16 +48,13 @@ class Refused(Exception):
 
 @dataclass
 class Call:
-    """One call as the server saw it. `status` is empty until it has been answered."""
+    """One call as the server saw it."""
 
     kind: str  # "count" or "query"
-    database: str
-    path: str  # the collection, `**/jobs` for a collection group
-    filters: tuple[tuple[str, str, Any], ...] = ()
-    limit: int | None = None
-    select: tuple[str, ...] | None = None
+    filters: tuple[tuple[str, str, Any], ...]
+    limit: int | None
+    select: tuple[str, ...] | None
     reads_billed: int = 0
-    status: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,6 @@ class Fail:
     message: str = ""
 
 
-@dataclass(frozen=True)
 class Hang:
     """Never answer; ends when the client gives up or the server stops."""
 
@@ -117,8 +106,6 @@ def missing_index(project: str = "demo-queue") -> Fail:
 
 
 class FakeFirestore:
-    """The server, its documents and its faults."""
-
     def __init__(self, project: str = "demo-queue") -> None:
         self.project, self.host = project, ""
         self.calls: list[Call] = []
@@ -190,8 +177,8 @@ class FakeFirestore:
             response_serializer=lambda message: type(message).serialize(message),
         )
 
-    def _serve(self, kind: str, request: Pb, context: Any) -> list[Any]:
-        call = describe(kind, request)
+    def _serve(self, kind: str, request: Pb, context: Any) -> Any:
+        call = describe(kind, query_of(request))
         with self._lock:
             self.calls.append(call)
             due = [rule.act for rule in self._hooks if rule.due(call)]
@@ -203,31 +190,30 @@ class FakeFirestore:
             hold_up(behaviour, context)
             with self._lock:
                 answers, call.reads_billed = self._answer(call, request)
-            call.status = "OK"
             return distorted(behaviour, answers)
         except Refused as refused:
-            call.status = refused.code.name
-            context.abort(refused.code, refused.message)
-            return []  # never reached: abort raises
+            return context.abort(refused.code, refused.message)  # which raises
 
     def _answer(self, call: Call, request: Pb) -> tuple[list[Any], int]:
         """The messages, and the reads that Firestore bills for them."""
-        root, database, parent = parts_of(request)
-        if database != "(default)":
-            message = f"The database {database} does not exist for project {self.project}"
-            raise Refused(StatusCode.NOT_FOUND, message)
         query = query_of(request)
+        # projects/PROJECT/databases/DATABASE/documents, and the path below as people write it
+        place = request.parent.split("/")
+        if place[3] != "(default)":
+            message = f"The database {place[3]} does not exist for project {self.project}"
+            raise Refused(StatusCode.NOT_FOUND, message)
         check(query, call)
+        collection = "/".join([*place[5:], query.from_[0].collection_id])
         tests = [matcher(*one) for one in call.filters]
         found = (
             (path, fields)
             for path, fields in self._documents.items()
-            if lies_in(path, query.from_[0], parent) and all(test(fields) for test in tests)
+            if path.rpartition("/")[0] == collection and all(test(fields) for test in tests)
         )
         if call.kind == "count":
             seen = sum(1 for _ in itertools.islice(found, call.limit))
             return [count_of(request, seen)], max(1, -(-seen // INDEX_ENTRIES_PER_READ))
-        chosen = sorted(found)[: call.limit]
+        root, chosen = "/".join(place[:5]), sorted(found)[: call.limit]
         answers = [document_of(f"{root}/{path}", fields, call.select) for path, fields in chosen]
         return answers or [firestore.RunQueryResponse(done=True)], max(1, len(answers))
 
@@ -268,56 +254,33 @@ def query_of(request: Pb) -> Pb:
     return (request.structured_aggregation_query if counting else request).structured_query
 
 
-def parts_of(request: Pb) -> tuple[str, str, str]:
-    """The name of all documents, the database, and the path below as people write it."""
-    found = NAME.fullmatch(request.parent)
-    assert found, request.parent
-    return found[1], found[2], found[3] or ""
-
-
-def describe(kind: str, request: Pb) -> Call:
-    query, (_, database, parent) = query_of(request), parts_of(request)
-    group = "**" if query.from_[0].all_descendants else ""
+def describe(kind: str, query: Pb) -> Call:
     selected = tuple(one.field_path for one in query.select.fields)
-    return Call(
-        kind,
-        database,
-        path="/".join(filter(None, (parent, group, query.from_[0].collection_id))),
-        filters=tuple(leaves(query.where)),
-        limit=query.limit.value if query.HasField("limit") else None,
-        select=selected if query.HasField("select") else None,
-    )
+    limit = query.limit.value if query.HasField("limit") else None
+    select = selected if query.HasField("select") else None
+    return Call(kind, tuple(leaves(query.where)), limit, select)
 
 
 def leaves(where: Pb) -> Iterator[tuple[str, str, Any]]:
     """Field, operator and value of every filter; the operators that are missing here are ""."""
     for part in where.composite_filter.filters:
         yield from leaves(part)
+    if where.HasField("unary_filter"):
+        yield where.unary_filter.field.field_path, "", None
     if where.HasField("field_filter"):
         leaf = where.field_filter
         yield leaf.field.field_path, OPERATORS.get(leaf.op, ""), decode_value(leaf.value, None)
-    if where.HasField("unary_filter"):
-        yield (
-            where.unary_filter.field.field_path,
-            NULL_OPERATORS.get(where.unary_filter.op, ""),
-            None,
-        )
 
 
 def check(query: Pb, call: Call) -> None:
     """Refuses what Firestore refuses, and what this fake has not."""
-    unknown = {field.name for field, _ in query.ListFields()} - {
-        "from_",
-        "where",
-        "limit",
-        "select",
-    }
+    unknown = {field.name for field, _ in query.ListFields()}
+    unknown -= {"from_", "where", "limit", "select"}
     for _, op, value in call.filters:
-        several = value if op == "in" and isinstance(value, list) else [value]
-        if not op or any(typed(one)[0] == OTHER for one in several):
+        if not op or any(typed(one)[0] not in (float, str) for one in values(op, value)):
             unknown.add("this filter")
-    if unknown or query.where.composite_filter.op > 1:
-        raise Refused(StatusCode.UNIMPLEMENTED, f"not in this fake: OR, {unknown}")
+    if unknown or query.where.composite_filter.op > 1 or query.from_[0].all_descendants:
+        raise Refused(StatusCode.UNIMPLEMENTED, f"not in this fake: OR, groups, {unknown}")
     terms = math.prod(len(many) for _, op, many in call.filters if op == "in")
     if not 1 <= terms <= MAX_DISJUNCTIONS:
         message = f"{terms} disjunctions: 'IN' takes 1 to {MAX_DISJUNCTIONS} values, all together"
@@ -327,13 +290,16 @@ def check(query: Pb, call: Call) -> None:
 # --- Values and documents --------------------------------------------------------------------
 
 MISSING = object()
-OTHER = 4
-RANKS = {type(None): 0, bool: 1, int: 2, float: 2, str: 3}
 
 
-def typed(value: Any) -> tuple[int, Any]:
+def values(op: str, given: Any) -> Sequence[Any]:
+    """What a filter compares with."""
+    return given if op == "in" else [given]
+
+
+def typed(value: Any) -> tuple[type, Any]:
     """A value as Firestore compares it: with those of its own type alone."""
-    return RANKS.get(type(value), OTHER), value
+    return float if type(value) is int else type(value), value
 
 
 def at(fields: Any, path: Sequence[str]) -> Any:
@@ -343,35 +309,26 @@ def at(fields: Any, path: Sequence[str]) -> Any:
 
 
 def matcher(name: str, op: str, given: Any) -> Callable[[Fields], bool]:
-    path, wanted = parse_field_path(name), given if op == "in" else [given]
-    keys = [typed(one) for one in wanted]
+    path = parse_field_path(name)
+    wanted = [typed(one) for one in values(op, given)]
 
     def matches(fields: Fields) -> bool:
-        value = at(fields, path)
-        if value is MISSING:
+        found = typed(at(fields, path))
+        if found[1] is MISSING or found[1] is None:
             return False
-        if op in ("in", "!="):
-            return value is not None and (typed(value) in keys) is (op == "in")
-        return typed(value)[0] == keys[0][0] and WITHIN_A_TYPE[op](value, given)
+        if op == ">":
+            return found[0] is wanted[0][0] and found > wanted[0]
+        return (found in wanted) is (op != "!=")
 
     return matches
-
-
-def lies_in(path: str, source: Pb, parent: str) -> bool:
-    """Whether a document is in the collection, or in one of the group, that a query is about."""
-    home, _, collection = path.rpartition("/")[0].rpartition("/")
-    return collection == source.collection_id and (source.all_descendants or home == parent)
 
 
 def document_of(name: str, fields: Fields, select: Sequence[str] | None) -> Any:
     if select is not None:
         shown: dict[str, Any] = {}
-        for path in map(parse_field_path, select):
-            if (value := at(fields, path)) is not MISSING:
-                inner = shown
-                for part in path[:-1]:
-                    inner = inner.setdefault(part, {})
-                inner[path[-1]] = value
+        for path in select:
+            if (value := at(fields, parse_field_path(path))) is not MISSING:
+                set_field_value(shown, FieldPath.from_api_repr(path), value)
         fields = shown
     found = document.Document(name=name, fields=encode_dict(fields))
     return firestore.RunQueryResponse(document=found)

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -41,7 +41,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.support.kubernetes_api import Access, Answer, Api, Identity, forbidden, json_answer
+from tests.support.kubernetes_api import Access, Answer, Api, forbidden, json_answer
 from tests.support.kubernetes_controllers import Controllers, pod_status
 from tests.support.kubernetes_objects import (
     CONTROLLER,
@@ -51,7 +51,6 @@ from tests.support.kubernetes_objects import (
     Match,
     Object,
     Request,
-    Scale,
     Store,
     Writer,
     conflict,
@@ -62,10 +61,7 @@ from tests.support.kubernetes_objects import (
 )
 from tests.support.rules import Rule
 
-__all__ = [
-    "Behaviour", "FakeKubernetes", "Match", "Request", "Scale", "answer", "body", "cut", "drip",
-    "hang", "reset",
-]  # fmt: skip
+__all__ = ["FakeKubernetes", "Match", "Request"]
 
 
 # --- Faults --------------------------------------------------------------------------------------
@@ -82,8 +78,23 @@ class Behaviour:
 
 
 def answer(code: int, headers: Mapping[str, str] | None = None, message: str = "") -> Behaviour:
-    """Answers with this status, unapplied, in the form that the API server gives it."""
-    return Behaviour("answer", False, lambda request: error_answer(request, code, headers, message))
+    """Answers with this status, unapplied: in the API server's own words, or with this message."""
+
+    def reply(request: Request) -> Answer:
+        if code == 429:  # overload protection answers in plain text
+            plain = {"Content-Type": "text/plain; charset=utf-8", "Retry-After": "1"}
+            text = b"Too many requests, please try again later.\n"
+            return Answer(429, text, {**plain, **(headers or {})})
+        kind = KINDS[request.resource]
+        own = {
+            403: forbidden(request),
+            404: not_found(kind, request.name),
+            409: conflict(kind, request.name),
+        }
+        error = ApiError(code, message or HTTPStatus(code).phrase)
+        return json_answer(code, (error if message else own.get(code, error)).status, headers)
+
+    return Behaviour("answer", False, reply)
 
 
 def hang(applied: bool = False) -> Behaviour:
@@ -106,29 +117,10 @@ def drip(seconds: float) -> Behaviour:
     return Behaviour("drip", True, seconds=seconds)
 
 
-def body(raw: bytes, applied: bool = True) -> Behaviour:
-    """Answers 200 with these bytes."""
+def body(raw: bytes) -> Behaviour:
+    """Does the work, then answers 200 with these bytes."""
     headers = {"Content-Type": "application/json"}
-    return Behaviour("answer", applied, lambda _: Answer(200, raw, headers))
-
-
-def error_answer(
-    request: Request, code: int, headers: Mapping[str, str] | None, message: str
-) -> Answer:
-    """The API server's own answer of that status to such a request."""
-    if code == 429 and not message:  # overload protection answers in plain text, see the headers
-        plain = {"Content-Type": "text/plain; charset=utf-8", "Retry-After": "1"}
-        text = b"Too many requests, please try again later.\n"
-        return Answer(429, text, plain | dict(headers or {}))
-    kind = KINDS.get(request.resource, KINDS["deployments"])
-    own = {
-        403: forbidden(request),
-        404: not_found(kind, request.name),
-        409: conflict(kind, request.name),
-    }
-    plain_error = ApiError(code, message or HTTPStatus(code).phrase)
-    error = plain_error if message else own.get(code, plain_error)
-    return json_answer(code, error.status, headers)
+    return Behaviour("answer", True, lambda _: Answer(200, raw, headers))
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
@@ -234,30 +226,31 @@ class FakeKubernetes:
         self,
         *,
         tls: bool = False,
-        nodes: Sequence[str] = ("node-a", "node-b", "node-c"),
         seed: int | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.store = Store(clock, random.Random(seed))
         self.access = Access()
-        self.controllers = Controllers(self.store, nodes)
+        self.controllers = Controllers(self.store)
         self.api = Api(self.store, self.access, self.controllers)
         self.requests: list[Request] = []
         self._faults: list[Rule] = []
         self._hooks: dict[str, list[Rule]] = {"before": [], "after": []}
         self._server: _Server | None = None
-        self._port = 0
+        self.url = ""
         self._tls: ssl.SSLContext | None = None
         self._ca = b""
         if tls:
             self._tls, self._ca = server_context()
+        self.scales = self.store.scales
+        self.deleted_pods = self.controllers.deleted_pods  # their names, in the order of their end
         self.admin_token = self.add_token("kubernetes-admin", admin=True)
 
     # Life
 
     def __enter__(self) -> FakeKubernetes:
         self._server = _Server(self, self._tls)
-        self._port = self._server.server_address[1]
+        self.url = f"http{'s' if self._tls else ''}://127.0.0.1:{self._server.server_port}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -270,16 +263,13 @@ class FakeKubernetes:
             self._server.server_close()
             self._server = None
 
-    @property
-    def url(self) -> str:
-        return f"http{'s' if self._tls else ''}://127.0.0.1:{self._port}"
-
     # Access
 
     def add_token(self, user: str, token: str = "", admin: bool = False) -> str:
         """A bearer token for a user name, made up unless given."""
         token = token or secrets.token_urlsafe(24)
-        self.access.tokens[token] = Identity(user, admin)
+        self.access.tokens[token] = user
+        self.access.admins |= {user} if admin else set()
         return token
 
     def service_account(self, name: str) -> str:
@@ -291,9 +281,8 @@ class FakeKubernetes:
         self.access.load(manifest)
 
     def write_kubeconfig(self, path: Path, token: str = "") -> Path:
-        server: Object = {"server": self.url}
-        if self._ca:
-            server["certificate-authority-data"] = base64.b64encode(self._ca).decode()
+        authority = base64.b64encode(self._ca).decode()
+        server = {"server": self.url, "certificate-authority-data": authority}
         context = {"cluster": "fake", "user": "fake", "namespace": "default"}
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "fake",
@@ -310,16 +299,14 @@ class FakeKubernetes:
         (directory / "token").write_text(self.admin_token)
         (directory / "namespace").write_text("default")
         (directory / "ca.crt").write_bytes(self._ca)
-        port = str(self._port)
+        port = self.url.rpartition(":")[2]
         return {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
 
     # Faults
 
-    def fault(
-        self, match: Match, behaviour: Behaviour, times: int | None = 1, nth: int = 1
-    ) -> None:
+    def fault(self, match: Match, how: Behaviour, times: int | None = 1, nth: int = 1) -> None:
         """Lets matching requests go wrong; the fault set first wins."""
-        self._faults.append(Rule(match, behaviour, times, nth))
+        self._faults.append(Rule(match, how, times, nth))
 
     def hook(
         self,
@@ -339,23 +326,22 @@ class FakeKubernetes:
         self, method: str, target: str, raw: bytes, headers: Mapping[str, str]
     ) -> tuple[Answer, Behaviour | None]:
         """One request: what happens before, the answer, what happens after, the record."""
-        who = self.access.identify(headers)
-        payload = json.loads(raw) if raw else None
-        request = read_request(method, target, payload, who.name, headers.get("user-agent", ""))
+        user, agent = self.access.identify(headers), headers.get("user-agent", "")
+        request = read_request(method, target, json.loads(raw) if raw else None, user, agent)
         with self.store.lock:
             behaviour = next((rule.act for rule in self._faults if rule.due(request)), None)
         self._run_hooks(request, "before")
-        reply = None
-        content_type = headers.get("content-type", "").split(";")[0].strip()
+        reply = Answer(0, b"")
         if behaviour is None or behaviour.applied:
-            reply = self.api.answer(request, who, content_type)
+            content_type = headers.get("content-type", "").split(";")[0].strip()
+            reply = self.api.answer(request, content_type)
         if behaviour and behaviour.answer:
             reply = behaviour.answer(request)
-        silent = behaviour is not None and behaviour.what in ("hang", "reset")
-        request = replace(request, status=reply.status if reply and not silent else 0)
+        silent = behaviour and behaviour.what in ("hang", "reset")
+        request = replace(request, status=0 if silent else reply.status)
         self.requests.append(request)
         self._run_hooks(request, "after")
-        return reply or Answer(0, b""), behaviour
+        return reply, behaviour
 
     def _run_hooks(self, request: Request, when: str) -> None:
         with self.store.lock:
@@ -389,16 +375,19 @@ class FakeKubernetes:
             self.store.create(KINDS["deployments"], obj, Writer(manager))
             self.controllers.reconcile("default")
 
-    def add_pod(self, name: str, labels: Labels, namespace: str = "default") -> None:
+    def add_pod(self, name: str, labels: Labels) -> None:
         """A pod that belongs to no Deployment, whatever its labels say."""
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": str(uuid.uuid4())}
-        meta: Object = {"name": name, "namespace": namespace, "labels": dict(labels)}
-        meta["ownerReferences"] = [{**owner, "controller": True}]
+        meta = {
+            "name": name,
+            "namespace": "default",
+            "labels": dict(labels),
+            "ownerReferences": [{**owner, "controller": True}],
+        }
         spec = {"containers": [{"name": "main", "image": "other:1"}], "nodeName": "node-a"}
         with self.store.lock:
-            status = pod_status(spec, stamp(self.store.clock()))
-            obj = {"metadata": meta, "spec": spec, "status": status}
-            self.store.create(KINDS["pods"], obj, Writer(CONTROLLER))
+            pod = {"metadata": meta, "spec": spec, "status": pod_status(spec, self.store.clock())}
+            self.store.create(KINDS["pods"], pod, Writer(CONTROLLER))
 
     def edit(
         self,
@@ -418,11 +407,8 @@ class FakeKubernetes:
 
     def scale(self, name: str, replicas: int, manager: str = "kubectl") -> None:
         """Scales as `kubectl scale` or an HPA does: through the scale subresource."""
-
-        def change(deployment: Object) -> None:
-            deployment["spec"]["replicas"] = replicas
-
-        self.edit("deployments", name, change, manager, "scale")
+        change = {"replicas": replicas}
+        self.edit("deployments", name, lambda d: d["spec"].update(change), manager, "scale")
 
     def annotate(
         self, name: str, manager: str = "kubectl-annotate", /, **annotations: str | None
@@ -457,7 +443,7 @@ class FakeKubernetes:
 
         def change(pod: Object) -> None:
             meta, status = pod["metadata"], pod["status"]
-            [condition] = [one for one in status["conditions"] if one["type"] == "Ready"]
+            [condition] = status["conditions"]
             for part, key, value in (
                 (status, "phase", phase),
                 (pod["spec"], "nodeName", node),
@@ -494,12 +480,3 @@ class FakeKubernetes:
     def calls(self, match: Match) -> list[Request]:
         """The requests so far that match."""
         return [request for request in list(self.requests) if match(request)]
-
-    @property
-    def deleted_pods(self) -> list[str]:
-        """Names of deleted pods, in the order in which they went."""
-        return self.controllers.deleted_pods
-
-    @property
-    def scales(self) -> list[Scale]:
-        return self.store.scales

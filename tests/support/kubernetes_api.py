@@ -21,7 +21,6 @@ from tests.support.kubernetes_objects import (
     conflict,
     merge,
     not_found,
-    parse_field_selector,
     parse_selector,
     validate,
     wanted_replicas,
@@ -30,19 +29,12 @@ from tests.support.kubernetes_objects import (
 # --- Who may do what -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Whom a request comes from; nobody knows one without a name."""
-
-    name: str = ""
-    admin: bool = False
-
-
 @dataclass
 class Access:
     """Bearer tokens and, once a manifest is loaded, RBAC. Without rules everybody may do all."""
 
-    tokens: dict[str, Identity] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)  # to the user's name
+    admins: set[str] = field(default_factory=set)
     rules: list[tuple[str, str, Object]] | None = None  # user, namespace, rule
 
     def load(self, manifest: str) -> None:
@@ -50,37 +42,33 @@ class Access:
         documents = list(yaml.safe_load_all(manifest))
         roles = {d["metadata"]["name"]: d["rules"] for d in documents if d["kind"] == "Role"}
         self.rules = self.rules or []
-        for binding in documents:
-            if binding["kind"] == "RoleBinding":
-                home = binding["metadata"].get("namespace", "default")
-                for subject in binding["subjects"]:
-                    user = f"system:serviceaccount:{subject['namespace']}:{subject['name']}"
-                    rules = roles[binding["roleRef"]["name"]]
-                    self.rules += [(user, home, rule) for rule in rules]
+        for binding in (d for d in documents if d["kind"] == "RoleBinding"):
+            home = binding["metadata"].get("namespace", "default")
+            for subject in binding["subjects"]:
+                user = f"system:serviceaccount:{subject['namespace']}:{subject['name']}"
+                self.rules += [(user, home, rule) for rule in roles[binding["roleRef"]["name"]]]
 
-    def identify(self, headers: Mapping[str, str]) -> Identity:
-        """Whose token this is or, from an administrator, whom it is to stand for."""
+    def identify(self, headers: Mapping[str, str]) -> str:
+        """Whose token this is or, from an administrator, whom it is to stand for. "": nobody's."""
         # "bearer" as well: the Python client writes it so inside a cluster.
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        caller = self.tokens.get(token.strip() if scheme.lower() == "bearer" else "", Identity())
-        other = headers.get("impersonate-user", "")
-        return Identity(other if caller.admin else "") if other else caller
+        user = self.tokens.get(token.strip(), "") if scheme.lower() == "bearer" else ""
+        return headers.get("impersonate-user", user) if user in self.admins else user
 
-    def check(self, who: Identity, request: Request) -> None:
-        if not who.name:
+    def check(self, request: Request) -> None:
+        if not request.user:
             raise ApiError(401, "Unauthorized")
-        if self.rules is None or who.admin:
+        if self.rules is None or request.user in self.admins:
             return
-        where = (who.name, request.namespace)
-        if not any((u, space) == where and _allows(rule, request) for u, space, rule in self.rules):
+        mine = [rule for *who, rule in self.rules if who == [request.user, request.namespace]]
+        if not any(_allows(rule, request) for rule in mine):
             raise forbidden(request)
 
 
 def _allows(rule: Object, request: Request) -> bool:
     """Whether it does so by name: no wildcards here."""
-    names = rule.get("resourceNames")
     # The name of what is created is not in the path, so resourceNames never allow a create.
-    named = not names or (request.verb != "create" and request.name in names)
+    named = not rule.get("resourceNames") or request.name in rule["resourceNames"]
     resource = "/".join(filter(None, (request.resource, request.subresource)))
     place = request.group in rule["apiGroups"] and resource in rule["resources"]
     return named and place and request.verb in rule["verbs"]
@@ -123,10 +111,10 @@ class Api:
         self.access = access
         self.controllers = controllers
 
-    def answer(self, request: Request, who: Identity, content_type: str) -> Answer:
+    def answer(self, request: Request, content_type: str) -> Answer:
         try:
             with self.store.lock:
-                self.access.check(who, request)
+                self.access.check(request)
                 return json_answer(*self._dispatch(request, content_type))
         except ApiError as error:
             return json_answer(error.code, error.status)
@@ -139,8 +127,7 @@ class Api:
         if kind is None or kind.group != request.group or subresource not in kind.verbs:
             raise ApiError(404, "the server could not find the requested resource")
         if request.verb not in kind.verbs[subresource].split():
-            text = "the server does not allow this method on the requested resource"
-            raise ApiError(405, text)
+            raise ApiError(405, "the server does not allow this method on the requested resource")
         if request.verb == "list":
             return 200, self._list(kind, request)
         if request.verb == "create":
@@ -159,15 +146,16 @@ class Api:
     def _list(self, kind: Kind, request: Request) -> Object:
         """All of it at once: a page may be longer than `limit`, and then is the only one."""
         selected = parse_selector(request.query.get("labelSelector", ""))
-        fields = parse_field_selector(request.query.get("fieldSelector", ""))
+        name, _, wanted = request.query.get("fieldSelector", "").partition("=")
+        if name not in ("", "reason"):
+            raise ApiError(400, "this fake selects by no other field")
         items = [
             {key: value for key, value in obj.items() if key not in ("kind", "apiVersion")}
             for obj in self.store.find(kind.resource, request.namespace)
-            if fields(obj) and selected(obj["metadata"].get("labels") or {})
+            if selected(obj["metadata"].get("labels") or {}) and obj.get(name, "") == wanted
         ]
-        metadata = {"resourceVersion": str(self.store.revision)}
         named = {"kind": f"{kind.kind}List", "apiVersion": kind.api_version}
-        return {**named, "metadata": metadata, "items": items}
+        return {**named, "metadata": {"resourceVersion": str(self.store.revision)}, "items": items}
 
     def _create(self, kind: Kind, request: Request) -> Object:
         obj: Object = merge({"metadata": {"namespace": request.namespace}}, request.body)
@@ -201,11 +189,10 @@ def writer_of(request: Request) -> Writer:
 def scale_of(deployment: Object) -> Object:
     """The Scale that stands for a Deployment; as upstream's, it omits `replicas: 0`."""
     meta, replicas = deployment["metadata"], wanted_replicas(deployment)
-    shown = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
     return {
         "kind": "Scale",
         "apiVersion": "autoscaling/v1",
-        "metadata": {k: meta[k] for k in shown if k in meta},
+        "metadata": {key: meta[key] for key in ("name", "namespace", "uid", "resourceVersion")},
         "spec": {"replicas": replicas} if replicas else {},
         "status": {"replicas": deployment.get("status", {}).get("replicas", 0)},
     }

@@ -20,10 +20,11 @@ from tests.support.kubernetes_objects import (
     Writer,
     deletion_cost,
     merge,
-    random_name,
     stamp,
     wanted_replicas,
 )
+
+NODES = ("node-a", "node-b", "node-c")
 
 
 def is_active(pod: Object) -> bool:
@@ -70,9 +71,8 @@ def deletion_order(
 class Controllers:
     """The Deployment and ReplicaSet controllers; scheduler and kubelets are instant."""
 
-    def __init__(self, store: Store, nodes: Sequence[str]) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
-        self.nodes = nodes
         self.held: set[str] = set()  # the Deployments whose rollout makes no progress
         self.keep_terminating = False
         self.deleted_pods: list[str] = []
@@ -85,14 +85,16 @@ class Controllers:
 
     def sets(self, deployment: Object) -> list[Object]:
         """The Deployment's ReplicaSets, the newest first."""
-        owned = [s for s in self._all(deployment, "replicasets") if _owner(s) == _uid(deployment)]
+        found = self.store.find("replicasets", deployment["metadata"]["namespace"])
+        owned = [one for one in found if _owner(one) == _uid(deployment)]
         return sorted(owned, key=lambda s: -int(s["metadata"]["annotations"][REVISION]))
 
     def pods(self, owner: Object) -> list[Object]:
         """The pods of a Deployment or a ReplicaSet."""
         if owner["kind"] == "Deployment":
             return [pod for owned in self.sets(owner) for pod in self.pods(owned)]
-        return [pod for pod in self._all(owner, "pods") if _owner(pod) == _uid(owner)]
+        found = self.store.find("pods", owner["metadata"]["namespace"])
+        return [pod for pod in found if _owner(pod) == _uid(owner)]
 
     def start_rollout(self, deployment: Object, new_pods: int, old_pods: int) -> None:
         """Leaves the Deployment with pods of an old and a new template, where it then stands: not
@@ -104,9 +106,6 @@ class Controllers:
         for owned in self.sets(new):
             self._set_size(owned, old_pods)
         self._set_size(self._current_set(new, 0), new_pods)
-
-    def _all(self, neighbour: Object, resource: str) -> list[Object]:
-        return self.store.find(resource, neighbour["metadata"]["namespace"])
 
     def _write(self, old: Object, patch: Object, subresource: str = "") -> None:
         self.store.update(old, merge(old, patch), Writer(CONTROLLER, subresource))
@@ -122,27 +121,25 @@ class Controllers:
 
     def _current_set(self, deployment: Object, size: int) -> Object:
         """The ReplicaSet of the Deployment's template, made with `size` pods if there is none."""
-        spec = deployment["spec"]
-        digest = hashlib.sha256(json.dumps(spec["template"], sort_keys=True).encode()).digest()
-        suffix = random_name(random.Random(digest), 10)
-        owned = self.sets(deployment)
-        last = int(owned[0]["metadata"]["annotations"][REVISION]) if owned else 0
+        spec, owned = deployment["spec"], self.sets(deployment)
+        text = json.dumps(spec["template"], sort_keys=True)
+        suffix = hashlib.sha256(text.encode()).hexdigest()[:10]
         for found in owned:
             if found["metadata"]["labels"][TEMPLATE_HASH] == suffix:
                 return found
+        last = int(owned[0]["metadata"]["annotations"][REVISION]) if owned else 0
         meta, label = deployment["metadata"], {TEMPLATE_HASH: suffix}
         template = merge(spec["template"], {"metadata": {"labels": label}})
-        selector = merge(spec["selector"], {"matchLabels": label})
         obj = {
             "metadata": {
-                "name": f"{meta['name']}-{suffix}", "namespace": meta["namespace"],
+                "name": f"{meta['name']}-{suffix}",
+                "namespace": meta["namespace"],
                 "labels": template["metadata"]["labels"],
                 "annotations": {REVISION: str(last + 1)},
                 "ownerReferences": [_reference(deployment)],
             },
-            "spec": {"replicas": size, "selector": selector, "template": template},
-            "status": {"replicas": 0},
-        }  # fmt: skip
+            "spec": {"replicas": size, "template": template},
+        }
         return self.store.create(KINDS["replicasets"], obj, Writer(CONTROLLER))
 
     def _set_size(self, owned: Object, size: int) -> None:
@@ -166,46 +163,41 @@ class Controllers:
         if not self.keep_terminating:
             return self.store.remove(pod)
         end = stamp(self.store.clock() + timedelta(seconds=30))
-        self._write(pod, {"metadata": {"deletionTimestamp": end, "deletionGracePeriodSeconds": 30}})
+        self._write(pod, {"metadata": {"deletionTimestamp": end}})
 
     def _create_pod(self, deployment: Object, owned: Object) -> None:
         template, base = owned["spec"]["template"], f"{owned['metadata']['name']}-"
-        used = Counter(pod["spec"].get("nodeName") for pod in self.pods(deployment))
-        node = min(self.nodes, key=lambda node: used[node], default=None)
+        used = Counter(pod["spec"]["nodeName"] for pod in self.pods(deployment))
+        spec = merge(template["spec"], {"nodeName": min(NODES, key=lambda node: used[node])})
         meta = {
-            "generateName": base, "name": base[:58] + random_name(self.store.rng, 5),
+            "name": f"{base[:58]}{self.store.rng.getrandbits(20):05x}",
             "namespace": owned["metadata"]["namespace"],
-            "labels": template["metadata"]["labels"], "ownerReferences": [_reference(owned)],
-        }  # fmt: skip
-        spec = merge(template["spec"], {"nodeName": node})
-        status = pod_status(spec, stamp(self.store.clock()))
-        pod = {"metadata": meta, "spec": spec, "status": status}
+            "labels": template["metadata"]["labels"],
+            "ownerReferences": [_reference(owned)],
+        }
+        pod = {"metadata": meta, "spec": spec, "status": pod_status(spec, self.store.clock())}
         self.store.create(KINDS["pods"], pod, Writer(CONTROLLER))
 
     def _report(self, deployment: Object) -> None:
         """The Deployment's status: so many are there, and so many are ready."""
         active = [pod for pod in self.pods(deployment) if is_active(pod)]
         ready = sum(ready_since(pod) is not None for pod in active)
-        status = {"replicas": len(active), "updatedReplicas": len(active), "readyReplicas": ready}
         revision = self.sets(deployment)[0]["metadata"]["annotations"][REVISION]
-        patch = {"metadata": {"annotations": {REVISION: revision}}, "status": status}
+        meta, status = {"annotations": {REVISION: revision}}, {"replicas": len(active)}
+        patch = {"metadata": meta, "status": {**status, "readyReplicas": ready}}
         self._write(deployment, patch, "status")
 
 
-def pod_status(spec: Object, now: str) -> Object:
-    """The status of a new pod: running and ready at once, or waiting for a node."""
-    if not spec.get("nodeName"):
-        return {"phase": "Pending"}
-    conditions = [
-        {"type": kind, "status": "True", "lastTransitionTime": now}
-        for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
-    ]
-    containers = [
-        {**container, "imageID": "sha256:0", "ready": True, "restartCount": 0}
-        for container in spec["containers"]
-    ]
-    status = {"phase": "Running", "startTime": now}
-    return {**status, "conditions": conditions, "containerStatuses": containers}
+def pod_status(spec: Object, now: datetime) -> Object:
+    """The status of a new pod, which is running and ready at once."""
+    since = stamp(now)
+    containers = [{**one, "ready": True, "restartCount": 0} for one in spec["containers"]]
+    return {
+        "phase": "Running",
+        "startTime": since,
+        "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": since}],
+        "containerStatuses": containers,
+    }
 
 
 def _uid(obj: Object) -> str:
@@ -218,7 +210,5 @@ def _owner(obj: Object) -> str:
 
 
 def _reference(owner: Object) -> Object:
-    return {
-        "apiVersion": owner["apiVersion"], "kind": owner["kind"], "uid": _uid(owner),
-        "name": owner["metadata"]["name"], "controller": True, "blockOwnerDeletion": True,
-    }  # fmt: skip
+    same = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "uid": _uid(owner)}
+    return {**same, "name": owner["metadata"]["name"], "controller": True}

@@ -8,14 +8,13 @@ import re
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 Object = dict[str, Any]
-Key = tuple[str, str, str]  # resource, namespace, name
 FieldPath = tuple[str, ...]
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
@@ -23,7 +22,6 @@ REVISION = "deployment.kubernetes.io/revision"
 TEMPLATE_HASH = "pod-template-hash"
 ANNOTATIONS_LIMIT = 256 * 1024  # bytes
 CONTROLLER = "kube-controller-manager"
-SAFE_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # what upstream makes names of: no vowels, no words
 
 
 # --- Kinds and errors ----------------------------------------------------------------------------
@@ -82,11 +80,6 @@ def conflict(kind: Kind, name: str) -> ApiError:
     return ApiError(409, f'Operation cannot be fulfilled on {kind.qualified} "{name}": {why} again')
 
 
-def invalid(kind: Kind, name: str, problem: str) -> ApiError:
-    qualified = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
-    return ApiError(422, f'{qualified} "{name}" is invalid: {problem}')
-
-
 # --- Requests ------------------------------------------------------------------------------------
 
 
@@ -94,24 +87,21 @@ def invalid(kind: Kind, name: str, problem: str) -> ApiError:
 class Request:
     """One HTTP request as it came in, and the status that it was answered with (0: none)."""
 
-    method: str
-    path: str
+    verb: str
     query: Mapping[str, str]
     body: Any
     user: str
     user_agent: str
-    status: int
-    verb: str
     group: str
-    resource: str
-    subresource: str
-    name: str
     namespace: str
+    resource: str
+    name: str
+    subresource: str
+    status: int = 0
 
 
 _ROUTE = re.compile(
-    r"/(?:api/v1|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
-    r"(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"/(?:api/v1|apis/(?P<group>[^/]+)/[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<resource>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<subresource>[^/]+))?)?/?"
 )
 _VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
@@ -122,15 +112,11 @@ def read_request(method: str, target: str, body: Any, user: str, agent: str) -> 
     url = urllib.parse.urlsplit(target)
     query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
     match = _ROUTE.fullmatch(url.path)
-    found = match.groupdict() if match else {}
-    parts = {key: urllib.parse.unquote(value or "") for key, value in found.items()}
-    name, verb = parts.get("name", ""), _VERBS.get(method, method)
-    if verb == "get" and not name:
+    parts: Object = match.groupdict("") if match else dict.fromkeys(_ROUTE.groupindex, "")
+    verb = _VERBS.get(method, method)
+    if verb == "get" and not parts["name"]:
         verb = "watch" if query.get("watch") in ("1", "true") else "list"
-    return Request(
-        method, url.path, query, body, user, agent, 0, verb, parts.get("group", ""),
-        parts.get("resource", ""), parts.get("subresource", ""), name, parts.get("namespace", ""),
-    )  # fmt: skip
+    return Request(verb, query, body, user, agent, **parts)
 
 
 @dataclass(frozen=True)
@@ -140,28 +126,25 @@ class Match:
     verb: str | None = None
     resource: str | None = None
     name: str | None = None
-    where: Callable[[Request], bool] | None = None
 
     def __call__(self, request: Request) -> bool:
-        wanted = (self.verb, self.resource, self.name)
-        found = (request.verb, request.resource, request.name)
-        return all(w is None or w == f for w, f in zip(wanted, found, strict=True)) and (
-            self.where is None or self.where(request)
+        return (
+            self.verb in (None, request.verb)
+            and self.resource in (None, request.resource)
+            and self.name in (None, request.name)
         )
 
 
 # --- Selectors -----------------------------------------------------------------------------------
 
 
-_REQUIREMENT = re.compile(
-    r"(!?)\s*([\w./-]+)\s*(?:(==?|!=)\s*([\w.-]*)|\s(in|notin)\s*\(([^()]*)\))?"
-)
+_REQUIREMENT = re.compile(r"(!?)\s*([\w./-]+)\s*(?:=\s*([\w.-]*)|\s(in|notin)\s*\(([^()]*)\))?")
 Labels = Mapping[str, str]
 
 
 def parse_selector(text: str) -> Callable[[Labels], bool]:
     """A test for a label selector as it stands in a query; ApiError(400) if unreadable."""
-    parts = re.split(r",(?![^(]*\))", text) if text.strip() else []
+    parts = re.split(r",(?![^(]*\))", text) if text else []
     tests = [_requirement(part.strip()) for part in parts]
     return lambda labels: all(test(labels) for test in tests)
 
@@ -170,25 +153,12 @@ def _requirement(text: str) -> Callable[[Labels], bool]:
     found = _REQUIREMENT.fullmatch(text)
     if not found:
         raise ApiError(400, f"unable to parse requirement: found '{text}'")
-    absent, key, sign, value, word, values = found.groups()
-    if not (sign or word):
+    absent, key, value, word, values = found.groups()
+    if value is None and not word:
         return lambda labels: (key in labels) is not bool(absent)
     wanted = {v.strip() for v in values.split(",")} if word else {value}
-    positive = sign in ("=", "==") or word == "in"
-    # An object without the key meets `!=` and `notin`.
-    return lambda labels: (key in labels and labels[key] in wanted) is positive
-
-
-def parse_field_selector(text: str) -> Callable[[Object], bool]:
-    tests = re.findall(r"([\w.]+?)(!?)==?([^,]*)", text)
-    return lambda obj: all((str(dig(obj, at)) != v) is bool(other) for at, other, v in tests)
-
-
-def dig(obj: Object, path: str) -> Any:
-    """The value at a dotted path, "" where there is none."""
-    for part in path.split("."):
-        obj = obj.get(part, "") if isinstance(obj, dict) else ""
-    return obj
+    # An object without the key meets `notin`.
+    return lambda labels: (labels.get(key) in wanted) is (word != "notin")
 
 
 # --- Patches -------------------------------------------------------------------------------------
@@ -234,10 +204,7 @@ class Writer(NamedTuple):
 
 
 _SYSTEM = ("name", "namespace", "uid", "resourceVersion", "managedFields")
-_UNOWNED = {
-    *_SYSTEM, "creationTimestamp", "generateName", "deletionTimestamp",
-    "deletionGracePeriodSeconds",
-}  # fmt: skip
+_UNOWNED = {*_SYSTEM, "creationTimestamp", "deletionTimestamp"}
 
 
 def _leaves(value: Any, path: FieldPath = ()) -> dict[FieldPath, Any]:
@@ -302,24 +269,26 @@ _DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leadin
 
 def validate(kind: Kind, obj: Object) -> None:
     """Upstream's objections to an object, as far as a client of this server can meet them."""
-    name, where = obj["metadata"].get("name", ""), "metadata.annotations"
-    annotations = obj["metadata"].get("annotations") or {}
+    qualified = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
+    for problem in _problems(kind, obj):
+        raise ApiError(422, f'{qualified} "{obj["metadata"]["name"]}" is invalid: {problem}')
+
+
+def _problems(kind: Kind, obj: Object) -> Iterator[str]:
+    where, annotations = "metadata.annotations", obj["metadata"].get("annotations") or {}
     replicas = obj.get("spec", {}).get("replicas", 0)
     if type(replicas) is not int or replicas < 0:
-        raise invalid(kind, name, f"spec.replicas: Invalid value: {replicas}: must be greater than")
+        yield f"spec.replicas: Invalid value: {replicas}: must be greater than or equal to 0"
     if not all(isinstance(value, str) for value in annotations.values()):
-        raise invalid(kind, name, f"{where}: json: cannot unmarshal into type string")
-    if sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > ANNOTATIONS_LIMIT:
-        problem = f"Too long: may not be more than {ANNOTATIONS_LIMIT} bytes"
-        raise invalid(kind, name, f"{where}: {problem}")
+        yield f"{where}: json: cannot unmarshal into type string"
+    if sum(len(f"{key}{value}".encode()) for key, value in annotations.items()) > ANNOTATIONS_LIMIT:
+        yield f"{where}: Too long: may not be more than {ANNOTATIONS_LIMIT} bytes"
     cost = annotations.get(DELETION_COST, "0")
     if kind.kind == "Pod" and deletion_cost(cost) is None:
-        problem = f'Invalid value: "{cost}": must be a 32bit integer'
-        raise invalid(kind, name, f"{where}[{DELETION_COST}]: {problem}")
+        yield f'{where}[{DELETION_COST}]: Invalid value: "{cost}": must be a 32bit integer'
     about = obj.get("involvedObject", {}).get("namespace", "")
     if kind.kind == "Event" and about != obj["metadata"]["namespace"]:
-        problem = f'Invalid value: "{about}": does not match event.namespace'
-        raise invalid(kind, name, f"involvedObject.namespace: {problem}")
+        yield f'involvedObject.namespace: Invalid value: "{about}": does not match event.namespace'
 
 
 def deletion_cost(value: str) -> int | None:
@@ -332,11 +301,9 @@ def deletion_cost(value: str) -> int | None:
 # --- Store ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """One change of a Deployment's spec.replicas."""
 
-    time: datetime
     manager: str
     before: int
     after: int
@@ -344,10 +311,6 @@ class Scale:
 
 def stamp(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def random_name(rng: random.Random, length: int) -> str:
-    return "".join(rng.choice(SAFE_ALPHABET) for _ in range(length))
 
 
 class Store:
@@ -358,27 +321,23 @@ class Store:
         self.clock = clock
         self.rng = rng
         self.revision = 1000
-        self.objects: dict[Key, Object] = {}
+        self.objects: dict[tuple[str, str, str], Object] = {}
         self.scales: list[Scale] = []
 
     def get(self, resource: str, namespace: str, name: str) -> Object | None:
         return self.objects.get((resource, namespace, name))
 
-    def find(self, resource: str, namespace: str = "") -> list[Object]:
-        """Objects in etcd's order; every namespace's if none is named."""
-        return [
-            obj
-            for (found, space, _), obj in sorted(self.objects.items(), key=lambda item: item[0])
-            if found == resource and namespace in ("", space)
-        ]
+    def find(self, resource: str, namespace: str) -> list[Object]:
+        """Objects in etcd's order."""
+        keys = [key for key in sorted(self.objects) if key[:2] == (resource, namespace)]
+        return [self.objects[key] for key in keys]
 
     def create(self, kind: Kind, obj: Object, writer: Writer) -> Object:
         obj = {"kind": kind.kind, "apiVersion": kind.api_version, **copy.deepcopy(obj)}
         meta, now = obj["metadata"], stamp(self.clock())
         meta["uid"] = str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
         meta["creationTimestamp"] = now
-        nothing: Object = {"metadata": {}}
-        meta["managedFields"] = managed_fields(nothing, obj, writer, now)
+        meta["managedFields"] = managed_fields({"metadata": {}}, obj, writer, now)
         return self._put(obj)
 
     def update(self, old: Object, new: Object, writer: Writer) -> Object:
@@ -390,12 +349,11 @@ class Store:
             meta.pop("annotations", None)
         if new == old:
             return old
-        now = self.clock()
-        meta["managedFields"] = managed_fields(old, new, writer, stamp(now))
+        meta["managedFields"] = managed_fields(old, new, writer, stamp(self.clock()))
         if old["kind"] == "Deployment":
             before, after = wanted_replicas(old), wanted_replicas(new)
             if before != after:
-                self.scales.append(Scale(now, writer.manager, before, after))
+                self.scales.append(Scale(writer.manager, before, after))
         return self._put(new)
 
     def remove(self, obj: Object) -> None:
@@ -409,7 +367,7 @@ class Store:
         return obj
 
 
-def _key(obj: Object) -> Key:
+def _key(obj: Object) -> tuple[str, str, str]:
     return f"{obj['kind'].lower()}s", obj["metadata"]["namespace"], obj["metadata"]["name"]
 
 

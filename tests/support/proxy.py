@@ -95,7 +95,10 @@ class ChaosProxy:
                 there.close()
             writer.close()
         except (OSError, asyncio.CancelledError):
-            send_rst(writer)
+            with suppress(OSError):
+                end = writer.get_extra_info("socket")
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_AT_CLOSE)
+            writer.transport.abort()
 
     async def _ask(self, reader: asyncio.StreamReader, there: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(CHUNK_BYTES):
@@ -107,23 +110,15 @@ class ChaosProxy:
     async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed = 0
         while chunk := await there.read(CHUNK_BYTES):
-            await asyncio.sleep(self._seconds if self._mode == "delay" else 0)
             while chunk and self._mode != "swallow":
+                await asyncio.sleep(self._seconds)
                 left = max(0, (self._after_bytes or 0) - passed)
                 piece = chunk[: {"reset": left, "drip": 1}.get(self._mode)]
+                chunk = chunk[len(piece) :]
                 passed += len(piece)
                 self.bytes_answered += len(piece)
                 writer.write(piece)
                 await writer.drain()
-                chunk = chunk[len(piece) :]
                 if self._mode == "reset" and passed >= (self._after_bytes or 0):
                     raise ConnectionResetError
-                await asyncio.sleep(self._seconds if self._mode == "drip" else 0)
         writer.write_eof()
-
-
-def send_rst(writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        end = writer.get_extra_info("socket")
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_AT_CLOSE)
-    writer.transport.abort()
