@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from google.cloud.firestore import Client
+from hypothesis import settings
 
 from tests.support.emulator import EmulatedQueue, Emulator, emulator_or_reason
 from tests.support.firestore import FakeFirestore
@@ -16,6 +17,10 @@ from tests.support.situations import every_run
 from tests.support.world import PROJECT, START, Run, World
 
 Queue = FakeFirestore | EmulatedQueue
+
+# A busy machine is no reason for a property to fail.
+settings.register_profile("unhurried", settings.default, deadline=None)
+settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

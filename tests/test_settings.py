@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 import scaler
-from tests.support.world import World
+from tests.support.world import REPOSITORY, World
 
 NEEDED = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"}
 HOURS = (
@@ -271,10 +271,12 @@ def test_wrong_settings_end_a_run_with_2_a_line_and_a_record(world: World) -> No
     assert world.cluster.requests == []
 
 
-def test_help_says_of_every_setting_its_default_and_meaning(world: World) -> None:
+def test_help_says_of_every_setting_what_the_readme_says(world: World) -> None:
+    readme = (REPOSITORY / "README.md").read_text().replace("`", "")
     text = world.run("--help").stdout
     for setting in fields(scaler.Settings):
         shown, meaning = setting.metadata["shown"], setting.metadata["meaning"]
+        assert f"| {setting.name.upper()} | {shown} | {meaning} |" in readme
         assert f"\n  {setting.name.upper()}\n      {meaning} [{shown}]\n" in text
 
 
