@@ -115,9 +115,7 @@ fake_alone = pytest.mark.parametrize("any_queue", ["fake"], indirect=True)
 
 
 @fake_alone
-def test_calls_are_recorded_with_the_reads_that_firestore_bills(
-    queue: FakeFirestore, db: Client
-) -> None:
+def test_calls_are_recorded_with_what_firestore_bills(queue: FakeFirestore, db: Client) -> None:
     queue.fill(2_500)
     jobs = db.collection("jobs")
     for ask in (count, lambda query: count(query.limit(1_000)), lambda q: ids(q.limit(7))):
@@ -180,7 +178,7 @@ def said(proxy: ChaosProxy) -> str:
         ("delay", {"seconds": 0.2}, "hello", 5),
     ],
 )
-def test_the_proxy_treats_a_connection_as_told_and_recovers(
+def test_the_proxy_does_as_told(
     mode: Mode, more: dict[str, Any], expected: str, answered: int
 ) -> None:
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:

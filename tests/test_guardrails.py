@@ -340,7 +340,7 @@ OLD = from_a(spec=TEMPLATE)
         ([entry("queue-scaler/status", spec=TEMPLATE)], [], False),
     ],
 )  # fmt: skip
-def test_the_entries_of_others_may_lose_what_the_scaler_sets_and_nothing_else(
+def test_others_entries_may_lose_what_it_sets(
     before: list[Object], after: list[Object], allowed: bool
 ) -> None:
     old, new = deployment(), deployment()
@@ -412,7 +412,7 @@ def test_a_change_is_allowed_of_exactly_these_fields(resource: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "here", "labelled", "manager", "words"), ACCOUNTS)
-def test_it_holds_for_the_labelled_and_lets_no_other_account_scale(
+def test_it_is_for_the_labelled(
     name: str, here: bool, labelled: bool, manager: str, words: str
 ) -> None:
     accounts = {True: ["another"], False: ["default"]}

@@ -265,9 +265,7 @@ def test_the_build_sees_only_what_it_copies() -> None:
     assert set(others) == {f"!{name}" for names in copied for name in names.split()}
 
 
-def test_the_image_says_what_it_is_and_runs_as_the_number_of_a_user_that_is_not_root(
-    image: Image,
-) -> None:
+def test_the_image_says_what_it_is_and_is_not_roots(image: Image) -> None:
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", image.config("User"))
     for name in ("title", "description", "licenses"):
         assert image.config("Labels")[f"org.opencontainers.image.{name}"]
@@ -295,7 +293,7 @@ def test_a_run_asks_the_plugin_of_a_kubeconfig_and_compiles_and_writes_nothing(
     assert image.files() == before
 
 
-def test_a_run_scales_as_the_service_account_of_its_pod(
+def test_a_run_is_the_service_account_of_its_pod(
     image: Image, settings: dict[str, str], tmp_path: Path
 ) -> None:
     cluster = FakeKubernetes(tls=True)
@@ -322,9 +320,7 @@ except google.auth.exceptions.TransportError as error:
 """
 
 
-def test_google_credentials_of_any_kind_can_be_loaded_and_a_key_can_be_used(
-    image: Image, tmp_path: Path
-) -> None:
+def test_google_credentials_of_any_kind_can_be_loaded(image: Image, tmp_path: Path) -> None:
     """No Google here: a run's first call to Firestore signs a request for a token and sends it, to
     an address where nobody answers."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)

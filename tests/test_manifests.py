@@ -256,7 +256,7 @@ def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> No
         ("namePrefix: prod", "prodqueue-scaler", "media"),
     ],
 )
-def test_everything_in_an_overlay_is_about_its_own_deployment(
+def test_an_overlay_is_about_its_own_deployment(
     tmp_path: Path, naming: str, name: str, namespace: str
 ) -> None:
     """The example overlay as its comment says: copied to beside the repository, which somebody has

@@ -108,9 +108,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def test_a_worker_does_the_waiting_jobs_leaves_its_name_on_them_and_ends_at_once_when_told(
-    workers: Workers, jobs: Client
-) -> None:
+def test_a_worker_does_the_waiting_jobs_and_ends_when_told(workers: Workers, jobs: Client) -> None:
     fill(jobs, range(1), broken=True)
     fill(jobs, range(1, 4))
     jobs.document("jobs/draft").set({"status": "draft"})
@@ -122,9 +120,7 @@ def test_a_worker_does_the_waiting_jobs_leaves_its_name_on_them_and_ends_at_once
     assert process.wait(5) == 0
 
 
-def test_two_workers_that_want_the_same_job_never_both_take_it(
-    workers: Workers, jobs: Client
-) -> None:
+def test_two_workers_never_both_take_a_job(workers: Workers, jobs: Client) -> None:
     workers.start("pod-a")
     workers.start("pod-b")
     fill(jobs, range(2), seconds=2)
@@ -136,9 +132,7 @@ def test_two_workers_that_want_the_same_job_never_both_take_it(
     assert {*pods} == {"pod-a", "pod-b"}, "and both had some"
 
 
-def test_the_scaler_leaves_the_pod_of_a_worker_at_work(
-    workers: Workers, jobs: Client, emulated: World
-) -> None:
+def test_the_scaler_leaves_a_pod_at_work(workers: Workers, jobs: Client, emulated: World) -> None:
     emulated.cluster.scale("worker", 3)
     busy = emulated.cluster.pods("worker")[1]["metadata"]["name"]
     fill(jobs, range(1), seconds=2)
@@ -149,9 +143,7 @@ def test_the_scaler_leaves_the_pod_of_a_worker_at_work(
     assert [pod["metadata"]["name"] for pod in emulated.cluster.pods("worker")] == [busy], run
 
 
-def test_on_sigterm_a_worker_finishes_what_it_holds_and_claims_no_more(
-    workers: Workers, jobs: Client
-) -> None:
+def test_on_sigterm_a_worker_finishes_what_it_holds(workers: Workers, jobs: Client) -> None:
     fill(jobs, range(3), seconds=2)
     process = workers.start("pod-a")
     wait_until(lambda: workers.worked)
@@ -161,9 +153,7 @@ def test_on_sigterm_a_worker_finishes_what_it_holds_and_claims_no_more(
     assert values(jobs) == {"done": 1, "waiting": 2}
 
 
-def test_a_container_that_was_killed_gives_back_what_it_held_when_it_starts_again(
-    workers: Workers, jobs: Client
-) -> None:
+def test_a_container_that_was_killed_gives_back_its_job(workers: Workers, jobs: Client) -> None:
     fill(jobs, range(1), seconds=2)
     jobs.document("jobs/of-another").set({"status": "processing", "assignedPodId": "pod-b"})
     first = workers.start("pod-a")
