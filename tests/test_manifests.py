@@ -202,8 +202,9 @@ def test_the_pods_meet_the_standard_restricted_with_the_images_user_and_have_bou
     forbidden = {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
     assert not (forbidden | {"ports", "lifecycle", "livenessProbe"}) & {*POD, *CONTAINER}
     assert pod_of(COMMENTED)["hostUsers"] is POD["enableServiceLinks"] is False
-    bounds = CONTAINER["resources"]
-    assert bounds["requests"].keys() - bounds["limits"] == {"cpu"}, "which no limit should stretch"
+    amounts = CONTAINER["resources"]
+    assert amounts["limits"].keys() == {"memory", "ephemeral-storage"}, "none should stretch a run"
+    assert amounts["requests"].keys() == {"cpu", *amounts["limits"]}
 
 
 def test_the_token_and_the_key_in_comments_lie_where_the_clients_look_for_them() -> None:

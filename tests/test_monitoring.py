@@ -183,6 +183,7 @@ def counts_for(condition: Object, entry: Object) -> bool:
     series = (condition.get("conditionThreshold") or condition["conditionAbsent"])["filter"]
     [name] = re.findall(r'metric\.type="logging\.googleapis\.com/user/(\w+)"', series)
     reasons = re.findall(r'"(\w+)"', series.partition("metric.labels.reason=one_of")[2])
+    assert set(reasons) <= set(get_args(scaler.Reason)), reasons
     reason = extracted(METRICS[name]["labelExtractors"]["reason"], entry)
     return reason in reasons and matches(METRICS[name]["filter"], entry)
 
