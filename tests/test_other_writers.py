@@ -77,6 +77,17 @@ def test_whoever_created_it_is_no_master(world: World, scaled_before: bool) -> N
     assert warnings(world.run()) == []
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_owners_the_later_one_counts(world: World, order: int) -> None:
+    """The Deployment was applied with `replicas`, and scaled after that."""
+    owns: dict[str, object] = {"operation": "Update", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    applied = {**owns, "manager": "helm", "time": "2025-12-31T00:00:00Z"}
+    scaled = {**owns, "manager": "keda", "subresource": "scale", "time": "2026-01-01T00:00:00Z"}
+    stored = world.cluster.store.objects[("deployments", "default", "worker")]
+    stored["metadata"]["managedFields"] = [applied, scaled][::order]
+    assert len(warnings(world.run())) == 1
+
+
 def test_the_other_one_is_named_even_where_the_queue_cannot_be_read(world: World) -> None:
     world.queue.fault("count", Fail(StatusCode.UNKNOWN))
     set_replicas(world, 2, HPA)
