@@ -58,6 +58,7 @@ def test_the_alerts_look_at_what_the_manifests_make() -> None:
             assert re.fullmatch(pattern, CRONJOB["metadata"]["name"] + suffix)
 
 
+@pytest.mark.slow
 def test_the_operator_gets_the_same_rules() -> None:
     """What the page's command pipes into kubectl, which here only shows it."""
     pasted = "kubectl() { [ \"$*\" = 'apply -f -' ] && cat; }\n" + blocks("bash", "PrometheusRule")
