@@ -443,7 +443,7 @@ class FakeKubernetes:
 
         def change(pod: Object) -> None:
             meta, status = pod["metadata"], pod["status"]
-            [condition] = status["conditions"]
+            [condition] = [one for one in status["conditions"] if one["type"] == "Ready"]
             for part, key, value in (
                 (status, "phase", phase),
                 (pod["spec"], "nodeName", node),
