@@ -43,10 +43,15 @@ class ChaosProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy")
         self._server: asyncio.Server | None = None
+        self._holder = socket.socket()
 
     def __enter__(self) -> ChaosProxy:
         self._thread.start()
-        self._do(self._listen(0))
+        # Nobody else gets the port while nobody listens there.
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._holder.getsockname()[1]}"
+        self.become("pass")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,6 +60,7 @@ class ChaosProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._holder.close()
 
     def become(self, mode: Mode, *, seconds: float = 0, after_bytes: int | None = None) -> None:
         """Treat everything like this from now on, connections that stand included."""
@@ -71,8 +77,9 @@ class ChaosProxy:
 
     async def _listen(self, port: int) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
-            self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+            self._server = await asyncio.start_server(
+                self._serve, "127.0.0.1", port, reuse_port=True
+            )
 
     async def _close(self) -> None:
         if self._server:
