@@ -6,22 +6,22 @@ import itertools
 import json
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
-from tests.support.firestore import Fail, FakeFirestore
-from tests.support.kubernetes import FakeKubernetes, Match, Request
-from tests.support.world import BUSY, START, Run, World
+from tests.support.firestore import Fail
+from tests.support.kubernetes import Match, Request
+from tests.support.world import BUSY, Run, World
 
 PROCESSES = 5
 READ, PATCH = Match("get", "deployments"), Match("patch", "deployments")
 
 
 @pytest.fixture
-def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
-    return World(cluster, queue, now=START, directory=tmp_path, process=True)
+def world(world: World) -> World:
+    world.process = True
+    return world
 
 
 def run_together(world: World, **settings: str) -> list[Run]:

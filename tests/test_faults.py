@@ -69,12 +69,11 @@ def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Itera
         cluster.add_deployment("worker", replicas=replicas)
         kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
         kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
-        scene = Scene(
+        yield Scene(
             cluster, queue, "worker", START, {"KUBECONFIG": str(kubeconfig), **settings},
+            Path(directory), process, front.host,
             before=replicas, after=wanted, api=api, front=front, at_end=at_end,
         )  # fmt: skip
-        scene.directory, scene.process, scene.firestore = Path(directory), process, front.host
-        yield scene
 
 
 @contextmanager
