@@ -2387,9 +2387,11 @@ class Look:
         generation = self.deployment.generation
         self.clear_costs(fleet, victims)
         self.set_costs([pod for pod in victims if pod.cost != cost], cost)
-        return self.verify(inputs, victims, generation)
+        return self.verify(inputs, victims, cost, generation)
 
-    def verify(self, inputs: Inputs, victims: Sequence[Pod], generation: int) -> Decision:
+    def verify(
+        self, inputs: Inputs, victims: Sequence[Pod], cost: int, generation: int
+    ) -> Decision:
         """Everything once more, the queue last: a victim that has claimed a job is spared, and one
         pod fewer is removed. `generation` is the Deployment's at the lease."""
         self.deployment = self.cluster.read_deployment()
@@ -2416,6 +2418,11 @@ class Look:
         decision = self.judge(inputs, fleet, busy, None, limit)
         if decision.change >= 0:
             spare([pod for pod in marked if pod not in claimed])
+        elif decision.reason == "Paused":
+            # The number is set in any case: pods that became idle go in place of those spared.
+            count = len(fleet.pods) - (decision.replicas or 0)
+            chosen = choose_victims(fleet.pods, busy.names, count)
+            self.set_costs([pod for pod in chosen if pod.cost != cost], cost)
         return decision
 
     def judge(
