@@ -51,10 +51,10 @@ def variables_of(cronjob: dict[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container_of(cronjob)["env"]}
 
 
-# cronjob.yaml as it is, and with all the YAML in force that stands in comments: one of the two
-# deadlines is there instead of the other.
+# cronjob.yaml as it is, and with all YAML in comments enabled; the second deadline replaces the
+# first one, and so does the second WAITING_FILTER.
 TEXT = (REPOSITORY / "cronjob.yaml").read_text()
-IN_COMMENTS = r"(?m)^( *)# ( *(?:- )?(?:value: .+|[A-Za-z_]+:(?: \S+)?))$"
+IN_COMMENTS = r"(?m)^( *)# ( *(?:- )?(?:value: .+|[A-Za-z_./]+:(?: \S+)?|\[.+))$"
 MORE = re.sub(IN_COMMENTS, r"\1\2", TEXT.replace("      activeDeadlineSeconds: 55\n", ""))
 CRONJOB, COMMENTED = yaml.safe_load(TEXT), yaml.safe_load(MORE)
 JOB = CRONJOB["spec"]["jobTemplate"]["spec"]
@@ -136,10 +136,13 @@ def test_rbac_allows_exactly_what_the_script_asks_for() -> None:
     assert kinds == ["ServiceAccount", "Role", "RoleBinding"]
 
 
-def test_without_the_rule_for_pods_a_scaler_that_asks_for_no_busy_pods_still_scales() -> None:
-    """The rule is marked as one that may be deleted."""
+def test_without_the_rules_for_pods_a_scaler_that_is_not_busy_aware_still_scales() -> None:
+    """The two rules are marked as ones to delete."""
     text = (REPOSITORY / "rbac.yaml").read_text()
-    rule = '  - apiGroups: [""]\n    resources: [pods]\n    verbs: [list, patch]\n'
+    rule = (
+        "  - apiGroups: [apps]\n    resources: [replicasets]\n    verbs: [list]\n"
+        '  - apiGroups: [""]\n    resources: [pods]\n    verbs: [list, patch]\n'
+    )
     assert rule in text
     with installed(text.replace(rule, "")) as (cluster, _, world):
         world.settings["SCALE_DOWN_STABILIZATION_SECONDS"] = "0"
@@ -160,17 +163,20 @@ def test_the_manifests_meet_kubernetes_own_schema(version: str) -> None:
 def test_every_variable_is_a_setting_that_parses_and_is_the_default_where_there_is_one() -> None:
     variables = variables_of(COMMENTED)
     known = {each.name.upper() for each in fields(scaler.Settings)}
-    assert variables.keys() - known == {"GOOGLE_APPLICATION_CREDENTIALS"}
-    assert scaler.read_settings(variables).scheduled_min_replicas
+    others = {"GOOGLE_APPLICATION_CREDENTIALS", "https_proxy", "no_proxy"}
+    assert variables.keys() - known == others
+    commented = scaler.read_settings(variables)
+    assert commented.scheduled_min_replicas
+    assert len(commented.waiting_filter) == 2, "the waiting jobs, and those of lost workers"
     assert settings().busy_filter, "busy-awareness is switched on"
     bare = scaler.read_settings({"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"})
     assert replace(settings(), busy_filter=None) == bare
 
 
-def test_one_run_is_over_before_the_next_begins() -> None:
+def test_a_run_ends_before_the_next_one_starts_and_a_hanging_one_does_not_prevent_it() -> None:
     spec = CRONJOB["spec"]
     assert spec["schedule"] == "* * * * *"
-    assert spec["concurrencyPolicy"] == "Replace"
+    assert spec["concurrencyPolicy"] == "Allow"
     assert settings().timeout_seconds < JOB["activeDeadlineSeconds"] < 60
     # Below 10 s the CronJob controller, which looks every 10 s, may never start a run.
     assert 10 <= spec["startingDeadlineSeconds"] < 60
@@ -238,15 +244,15 @@ def labels_of(cronjob: dict[str, Any]) -> list[dict[str, str]]:
     return [each["metadata"]["labels"] for each in (cronjob, job, job["spec"]["template"])]
 
 
-def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> None:
+def test_a_polling_run_ends_after_its_successor_has_started() -> None:
     chosen = scaler.read_settings(variables_of(COMMENTED))
-    interval, most = chosen.polling_interval_seconds, chosen.timeout_seconds
+    interval, total = chosen.polling_interval_seconds, chosen.timeout_seconds
     deadline = COMMENTED["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
-    assert interval and most < 60 <= deadline
-    # As `poll` has it, with looks of a second at most: it ends a second before its time.
-    last = max(due for due in range(0, most, interval) if due + 1 <= most - 1)
-    assert 60 - last <= interval
-    assert f"Look every {interval} s" in TEXT and f"{86_400 // interval:,} a day" in TEXT
+    assert interval and 60 < total < deadline
+    # `poll` starts no look in its last second.
+    polls = len(range(0, total - 1, interval))
+    assert f"Look every {interval} s" in TEXT
+    assert f"about {round(polls * 1440, -3):,} looks per day" in TEXT
 
 
 @pytest.mark.parametrize(
