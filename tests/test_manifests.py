@@ -255,6 +255,59 @@ def test_a_polling_run_ends_after_its_successor_has_started() -> None:
     assert f"about {round(polls * 1440, -3):,} looks per day" in TEXT
 
 
+def kustomize(directory: Path) -> list[dict[str, Any]]:
+    built = subprocess.check_output([need("kubectl"), "kustomize", str(directory)])
+    return [*yaml.safe_load_all(built)]
+
+
+def clone(directory: Path, edits: dict[str, str]) -> None:
+    """The base as someone has edited it."""
+    shutil.copytree(REPOSITORY / "names", directory / "names")
+    for each in REPOSITORY.glob("*.yaml"):
+        text = each.read_text()
+        for old, new in edits.items():
+            text = text.replace(old, new)
+        (directory / each.name).write_text(text)
+
+
+def check_one_scaler(
+    documents: list[dict[str, Any]], name: str, namespace: str, target: str, image: str
+) -> None:
+    """That each name reaches every place where Kubernetes reads it."""
+    account, role, binding, cronjob = documents
+    assert {each["metadata"]["name"] for each in documents} == {name}
+    assert {each["metadata"]["namespace"] for each in documents} == {namespace}
+    label = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
+    assert label.items() <= account["metadata"]["labels"].items(), "the guardrails' label"
+    named = [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule]
+    assert named == [[target]]
+    assert binding["roleRef"]["name"] == name
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
+    assert pod_of(cronjob)["serviceAccountName"] == name
+    assert variables_of(cronjob) == {**VARIABLES, "DEPLOYMENT": target}
+    assert container_of(cronjob)["image"] == image
+    assert labels_of(cronjob) == [{"app": "queue-scaler", "app.kubernetes.io/instance": target}] * 3
+
+
+def test_the_base_takes_each_name_from_one_place(tmp_path: Path) -> None:
+    edits = {
+        f"value: {NAME}": "value: thumbnails",
+        "image: queue-scaler ": "image: example.com/scaler:1 ",
+    }
+    clone(tmp_path, edits)
+    path = tmp_path / "kustomization.yaml"
+    path.write_text(path.read_text().replace("namespace: default", "namespace: media"))
+    image = "example.com/scaler:1"
+    check_one_scaler(kustomize(tmp_path), "queue-scaler", "media", "thumbnails", image)
+
+
+def test_the_base_unedited_is_what_its_files_are() -> None:
+    files = [*load("rbac.yaml"), CRONJOB]
+    for each in files:
+        each["metadata"] = {**each["metadata"], "namespace": "default"}
+    assert kustomize(REPOSITORY) == files
+
+
 @pytest.mark.parametrize(
     ("naming", "name", "namespace"),
     [
@@ -263,33 +316,19 @@ def test_a_polling_run_ends_after_its_successor_has_started() -> None:
         ("namePrefix: prod", "prodqueue-scaler", "media"),
     ],
 )
-def test_an_overlay_is_about_its_own_deployment(
+def test_an_overlay_takes_each_name_from_one_place(
     tmp_path: Path, naming: str, name: str, namespace: str
 ) -> None:
-    """The example overlay as its comment says: copied to beside the repository, which somebody has
-    edited for a scaler without kustomize."""
+    """The example overlay as its comment says: copied to beside a clone, which someone has edited
+    for a scaler without kustomize."""
     (tmp_path / "queue-scaler").mkdir()
-    for each in REPOSITORY.glob("*.yaml"):
-        text = each.read_text().replace(NAME, "edited-deployment")
-        text = text.replace("image: queue-scaler ", "image: registry.example.com/edited:1 ")
-        (tmp_path / "queue-scaler" / each.name).write_text(text)
+    edits = {NAME: "edited-deployment", "image: queue-scaler ": "image: example.com/edited:1 "}
+    clone(tmp_path / "queue-scaler", edits)
     shutil.copytree(REPOSITORY / "examples/overlay", tmp_path / "thumbnails")
     path = tmp_path / "thumbnails/kustomization.yaml"
     text = path.read_text().replace("namespace: default", f"namespace: {namespace}")
     path.write_text(text.replace("nameSuffix: -thumbnails", naming))
-    built = subprocess.check_output([need("kubectl"), "kustomize", str(path.parent)])
-    documents = [*yaml.safe_load_all(built)]
-    assert "edited-deployment" not in json.dumps(documents)
-    account, role, binding, cronjob = documents
-    assert {each["metadata"]["name"] for each in documents} == {name}
-    label = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
-    assert label.items() <= account["metadata"]["labels"].items(), "the guardrails' label"
-    named = [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule]
-    assert named == [["thumbnails"]]
-    assert binding["roleRef"]["name"] == name
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
-    assert pod_of(cronjob)["serviceAccountName"] == name
-    assert variables_of(cronjob) == {**VARIABLES, "DEPLOYMENT": "thumbnails"}
-    assert container_of(cronjob)["image"] == "registry.example.com/queue-scaler:0.2.0"
-    instance = {"app": "queue-scaler", "app.kubernetes.io/instance": "thumbnails"}
-    assert labels_of(cronjob) == [instance] * 3
+    documents = kustomize(path.parent)
+    assert "edited" not in json.dumps(documents)
+    image = "registry.example.com/queue-scaler:tag"
+    check_one_scaler(documents, name, namespace, "thumbnails", image)
