@@ -255,8 +255,8 @@ def test_a_polling_run_ends_after_its_successor_has_started() -> None:
     assert f"about {round(polls * 1440, -3):,} looks per day" in TEXT
 
 
-def kustomize(directory: Path) -> list[dict[str, Any]]:
-    built = subprocess.check_output([need("kubectl"), "kustomize", str(directory)])
+def kustomize(directory: Path, *options: str) -> list[dict[str, Any]]:
+    built = subprocess.check_output([need("kubectl"), "kustomize", str(directory), *options])
     return [*yaml.safe_load_all(built)]
 
 
@@ -332,3 +332,36 @@ def test_an_overlay_takes_each_name_from_one_place(
     assert "edited" not in json.dumps(documents)
     image = "registry.example.com/queue-scaler:tag"
     check_one_scaler(documents, name, namespace, "thumbnails", image)
+
+
+def test_the_generated_file_of_the_playground_is_up_to_date() -> None:
+    source = REPOSITORY / "examples/playground/scaler"
+    generated = kustomize(source, "--load-restrictor=LoadRestrictionsNone")
+    assert load("examples/playground/scaler.yaml") == generated, f"see {source}/kustomization.yaml"
+
+
+def test_the_playground_meets_kubernetes_own_schema_and_its_parts_use_the_same_queue() -> None:
+    documents = kustomize(REPOSITORY / "examples/playground")
+    for each in documents:
+        kubernetes_validate.validate(each, "1.37", strict=True)
+    found = {(each["kind"], each["metadata"]["name"]): each for each in documents}
+    cronjob = found["CronJob", "queue-scaler"]
+    pods = [pod_of(cronjob)]
+    pods += [
+        found[key]["spec"]["template"]["spec"]
+        for key in (("Deployment", "worker"), ("Job", "jobs"))
+    ]
+    for pod in pods:
+        [container] = pod["containers"]
+        assert container["envFrom"] == [{"configMapRef": {"name": "queue"}}]
+        assert (container["image"], container["imagePullPolicy"]) == (
+            "queue-scaler:latest",
+            "IfNotPresent",
+        )
+    queue = found["ConfigMap", "queue"]["data"]
+    chosen = scaler.read_settings({**variables_of(cronjob), **queue})
+    assert chosen.deployment == "worker"
+    assert chosen.polling_interval_seconds and 60 < chosen.timeout_seconds
+    assert found["Role", "queue-scaler"]["rules"][0]["resourceNames"] == ["worker"]
+    host, _, port = queue["FIRESTORE_EMULATOR_HOST"].partition(":")
+    assert found["Service", host]["spec"]["ports"] == [{"port": int(port)}]
