@@ -361,7 +361,7 @@ def test_the_playground_meets_kubernetes_own_schema_and_its_parts_use_the_same_q
     queue = found["ConfigMap", "queue"]["data"]
     chosen = scaler.read_settings({**variables_of(cronjob), **queue})
     assert chosen.deployment == "worker"
-    assert chosen.polling_interval_seconds and 60 < chosen.timeout_seconds
+    assert chosen.polling_interval_seconds and chosen.timeout_seconds > 60
     assert found["Role", "queue-scaler"]["rules"][0]["resourceNames"] == ["worker"]
     host, _, port = queue["FIRESTORE_EMULATOR_HOST"].partition(":")
     assert found["Service", host]["spec"]["ports"] == [{"port": int(port)}]
