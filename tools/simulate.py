@@ -1,0 +1,725 @@
+"""`make simulate`: what other settings would have done with the jobs of some days.
+
+    python -m tools.simulate examples/week.csv --try "MAX_REPLICAS=8"
+    python -m tools.simulate --collection jobs --created createdAt --started startedAt \\
+        --finished finishedAt --since 2026-01-05 --csv jobs.csv
+
+The jobs arrive when they were created and take as long as they took. A pod is ready --pod-start
+seconds after it was asked for, and works on one job at a time, the oldest first. The scaler looks
+once a minute, or as POLLING_INTERVAL_SECONDS says, and every look decides by scaler.py's own
+functions, from its own annotations. Looks, and jobs that change hands, take no time, and nothing
+fails.
+
+A scale-down removes the pods that scaler.py would choose. Without BUSY_FILTER it removes those that
+Kubernetes would: pods that are not ready, then the newest. The job of a killed pod waits again at
+once, starts over, and counts as waiting until it starts for the last time.
+
+A simulation ends with the last job, but not before the jobs really ended, and at the latest a day
+after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import scaler
+from tools.chart import Panel, Point, draw
+
+MINUTE, DAY = 60, 86_400
+MOST_DAYS = 366
+
+
+class Problem(Exception):
+    """What the user has to correct first, a line for each mistake."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """When a job was created, started and finished, in Unix seconds."""
+
+    created: float
+    started: float
+    finished: float
+
+    @property
+    def seconds(self) -> float:
+        return self.finished - self.started
+
+
+Names = tuple[str, str, str]  # of a job's three times: columns, or fields of a document
+
+
+def parse_job(names: Names, values: Sequence[object]) -> Job:
+    """Raises Problem with every mistake of this job."""
+    times: list[float] = []
+    problems: list[str] = []
+    for name, value in zip(names, values, strict=True):
+        try:
+            times.append(parse_time(value))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise Problem("; ".join(problems))
+    job = Job(*times)
+    if job.started < job.created:
+        raise Problem(f"starts ({values[1]}) before it is created ({values[0]})")
+    if job.finished < job.started:
+        raise Problem(f"ends ({values[2]}) before it starts ({values[1]})")
+    return job
+
+
+def parse_time(value: object) -> float:
+    """Unix seconds of a time as scaler.py reads times, or as Firestore stores them."""
+    if isinstance(value, datetime):
+        return value.timestamp()
+    if value is None or value == "":
+        raise ValueError("there is no time")
+    try:
+        return scaler.read_time(str(value)).timestamp()
+    except ValueError as error:
+        raise ValueError(f"{value!r} is {error}") from None
+
+
+def read_csv(path: Path, names: Names) -> list[Job]:
+    """Raises Problem with every mistake in the file, each with its line."""
+    jobs: list[Job] = []
+    problems: list[str] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            places = find_columns(next(reader, []), names, f"{path}:1")
+            for row in reader:
+                if not row:
+                    continue
+                where, width = f"{path}:{reader.line_num}", len(places.all)
+                if len(row) != width:
+                    problems.append(f"{where}: {len(row)} cells, where line 1 has {width}")
+                    continue
+                try:
+                    jobs.append(parse_job(names, [row[place].strip() for place in places.wanted]))
+                except Problem as problem:
+                    problems.append(f"{where}: {problem}")
+            end = reader.line_num + 1
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Problem(f"{path}: not text in UTF-8") from None
+    except csv.Error as error:
+        raise Problem(*problems, f"{path}:{reader.line_num}: not CSV: {error}") from None
+    if problems:
+        raise Problem(*problems)
+    if not jobs:
+        raise Problem(f"{path}:{end}: the file ends without a job")
+    return jobs
+
+
+@dataclass(frozen=True)
+class Columns:
+    all: Sequence[str]
+    wanted: Sequence[int]
+
+
+def find_columns(header: Sequence[str], names: Names, where: str) -> Columns:
+    found = [name.strip() for name in header]
+    if not any(found):
+        raise Problem(f"{where}: no names of columns, such as {','.join(names)}")
+    problems = []
+    for option, name in zip(("created", "started", "finished"), names, strict=True):
+        if found.count(name) != 1:
+            how = "no column" if name not in found else f"{found.count(name)} columns"
+            there = ", ".join(found)
+            problems.append(f"{where}: {how} {name} (--{option}); the columns are {there}")
+    if problems:
+        raise Problem(*problems)
+    if others := [name for name in found if name not in names]:
+        note(f"{where}: not used: {', '.join(others)}")
+    return Columns(found, [found.index(name) for name in names])
+
+
+def write_csv(path: Path, jobs: Iterable[Job]) -> None:
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("created", "started", "finished"))
+            for job in jobs:
+                times = (job.created, job.started, job.finished)
+                writer.writerow(datetime.fromtimestamp(at, UTC).isoformat() for at in times)
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror}") from None
+
+
+def check_span(jobs: Sequence[Job]) -> None:
+    """One wrong date would have the scaler look for decades."""
+    first, last = min(job.created for job in jobs), max(job.finished for job in jobs)
+    if last - first > MOST_DAYS * DAY:
+        begin, end = (scaler.write_time(datetime.fromtimestamp(at, UTC)) for at in (first, last))
+        raise Problem(f"the jobs are of {begin} to {end}: expected at most {MOST_DAYS} days")
+
+
+# ---------------------------------------------------------------------------------- Firestore
+
+PAGE = 1000
+
+
+def read_collection(
+    settings: scaler.Settings, names: Names, since: datetime | None
+) -> tuple[list[Job], list[str]]:
+    """The finished jobs of a collection, and a line for each that is not. Only reads, in pages."""
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud.firestore import FieldFilter
+
+    paths = [scaler.field_path(name) for name in names]
+    client, path = scaler.open_firestore(settings), settings.queue_collection
+    by_group = settings.queue_collection_group
+    query: Any = client.collection_group(path) if by_group else client.collection(path)
+    query = query.select(paths)
+    if since:
+        query = query.where(filter=FieldFilter(paths[0], ">=", since)).order_by(paths[0])
+    query = query.order_by("__name__")
+    jobs: list[Job] = []
+    unfinished: list[str] = []
+    problems: list[str] = []
+    page, read = query.limit(PAGE), 0
+    while True:
+        try:
+            documents = list(page.stream())
+        except (GoogleAPIError, GoogleAuthError) as error:
+            raise scaler.queue_failure(f"reading {path}", error) from error
+        for document in documents:
+            values = [value_at(document, one) for one in paths]
+            where = document.reference.path
+            try:
+                jobs.append(parse_job(names, values))
+            except Problem as problem:
+                ended = values[0] is not None and None not in values
+                (problems if ended else unfinished).append(f"{where}: {problem}")
+        read += len(documents)
+        note(f"{path}: {read} documents read")
+        if len(documents) < PAGE:
+            break
+        page = query.start_after(documents[-1]).limit(PAGE)
+    if problems:
+        raise Problem(*problems)
+    if not jobs:
+        raise Problem(*unfinished, f"{path}: no job with {', '.join(names)}")
+    return jobs, unfinished
+
+
+def value_at(document: Any, path: str) -> object:
+    try:
+        return document.get(path)
+    except KeyError:
+        return None
+
+
+# ----------------------------------------------------------------------------------- settings
+
+
+def environment_of(cronjob: Path) -> dict[str, str]:
+    """The variables of the container in a CronJob's manifest. Raises Problem."""
+    try:
+        documents = list(yaml.safe_load_all(cronjob.read_text(encoding="utf-8")))
+        found = [one for one in documents if one and one.get("kind") == "CronJob"]
+        if len(found) != 1:
+            raise Problem(f"{cronjob}: {len(found)} CronJobs: expected 1")
+        pod = found[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        entries = [(one["name"], one) for one in pod["containers"][0].get("env") or ()]
+    except OSError as error:
+        raise Problem(f"{cronjob}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Problem(f"{cronjob}: not YAML: {' '.join(str(error).split())}") from None
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise Problem(f"{cronjob}: not the manifest of a CronJob with a container") from None
+    problems, known = [], variables()
+    for name, entry in entries:
+        if name in known and not isinstance(entry.get("value"), str):
+            problems.append(f"{cronjob}: {name}: expected a value in quotes")
+    if problems:
+        raise Problem(*problems)
+    return {name: one["value"] for name, one in entries if isinstance(one.get("value"), str)}
+
+
+def variables() -> set[str]:
+    return {item.name.upper() for item in fields(scaler.Settings)}
+
+
+CURRENT = "current settings"
+
+
+def read_variants(base: Mapping[str, str], tries: Sequence[str]) -> dict[str, scaler.Settings]:
+    """The settings as they are, and each variant by its name. Raises Problem."""
+    base = {"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs", **base}
+    for warning in scaler.misspelled(base):
+        note(warning)
+    environments, problems = {CURRENT: base}, []
+    for text in tries:
+        name = " ".join(text.split())
+        try:
+            if name in environments:
+                raise Problem("is there twice")
+            environments[name] = {**base, **parse_try(text)}
+        except Problem as problem:
+            problems.append(f"--try {text!r}: {problem}")
+    found = {}
+    for name, environ in environments.items():
+        try:
+            found[name] = scaler.read_settings(environ)
+        except scaler.Failure as failure:
+            problems.append(f"{name}: {failure}")
+    if problems:
+        raise Problem(*problems)
+    return found
+
+
+def parse_try(text: str) -> dict[str, str]:
+    """`A=1 B="2 3"` as a shell would read it."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Problem(str(error)) from None
+    if not words:
+        raise Problem("expected settings, such as MAX_REPLICAS=8")
+    found: dict[str, str] = {}
+    problems = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in variables():
+            guess = [*scaler.misspelled({name: value})] if equals else []
+            problems += guess or [f"{word!r} is not a setting such as MAX_REPLICAS=8"]
+        elif name in found:
+            problems.append(f"{name} is there twice")
+        found[name] = value
+    if problems:
+        raise Problem("; ".join(problems))
+    return found
+
+
+# -------------------------------------------------------------------------- jobs on their pods
+
+
+@dataclass
+class Pod:
+    number: int
+    created: float
+    ready: bool = False
+    job: int | None = None  # the index of the one that it works on
+    since: float = 0.0  # when it took it
+
+
+class Workers:
+    """Jobs and pods over time. `moment` is where time has come to.
+
+    Whatever comes next for a pod, ready or the end of its job, is its one entry in `due`; that of a
+    pod that was removed is passed over.
+    """
+
+    def __init__(self, jobs: Sequence[Job], pod_start: float, moment: float, pods: int) -> None:
+        self.jobs, self.pod_start, self.moment = jobs, pod_start, moment
+        self.pods: dict[int, Pod] = {}  # in the order of their creation
+        self.waiting: list[int] = []  # a heap of indexes: the oldest first
+        self.idle: list[int] = []  # a heap of numbers, those of removed pods among them
+        self.due: list[tuple[float, int]] = []
+        self.arrived = self.made = self.busy = self.done = self.killed = 0
+        self.starts = [math.inf] * len(jobs)
+        self.pod_seconds = self.busy_seconds = 0.0
+        self.last_end = moment
+        self.add(pods, 0)
+
+    def add(self, number: int, pod_start: float) -> None:
+        for _ in range(number):
+            self.made += 1
+            self.pods[self.made] = Pod(self.made, self.moment)
+            heapq.heappush(self.due, (self.moment + pod_start, self.made))
+
+    def scale(self, change: int, victims: Sequence[int]) -> None:
+        self.add(change, self.pod_start)
+        for number in victims:
+            pod = self.pods.pop(number)
+            self.pod_seconds += self.moment - pod.created
+            if pod.job is not None:
+                self.leave(pod, self.moment)
+                heapq.heappush(self.waiting, pod.job)
+                self.killed += 1
+        self.advance(self.moment)
+
+    def advance(self, until: float) -> None:
+        """Let everything happen that is due by then."""
+        while True:
+            arrival = self.jobs[self.arrived].created if self.to_come else math.inf
+            at = min(arrival, self.due[0][0] if self.due else math.inf)
+            if at > until:
+                break
+            while self.to_come and self.jobs[self.arrived].created <= at:
+                heapq.heappush(self.waiting, self.arrived)
+                self.arrived += 1
+            while self.due and self.due[0][0] <= at:
+                pod = self.pods.get(heapq.heappop(self.due)[1])
+                if pod:
+                    self.free(pod, at)
+            self.take_jobs(at)
+        self.moment = until
+        self.take_jobs(until)
+
+    @property
+    def to_come(self) -> bool:
+        return self.arrived < len(self.jobs)
+
+    @property
+    def left(self) -> int:
+        """Jobs that are not done yet."""
+        return len(self.jobs) - self.done
+
+    def free(self, pod: Pod, at: float) -> None:
+        """The pod becomes ready, or is done with its job."""
+        pod.ready = True
+        if pod.job is not None:
+            self.leave(pod, at)
+            pod.job = None
+            self.done += 1
+            self.last_end = at
+        heapq.heappush(self.idle, pod.number)
+
+    def leave(self, pod: Pod, at: float) -> None:
+        self.busy -= 1
+        self.busy_seconds += at - pod.since
+
+    def take_jobs(self, at: float) -> None:
+        while self.waiting and self.idle:
+            pod = self.pods.get(heapq.heappop(self.idle))
+            if pod:
+                pod.job = heapq.heappop(self.waiting)
+                pod.since = self.starts[pod.job] = at
+                self.busy += 1
+                heapq.heappush(self.due, (at + self.jobs[pod.job].seconds, pod.number))
+
+    def close(self) -> None:
+        """Count the pods that are left, up to now."""
+        for pod in self.pods.values():
+            self.pod_seconds += self.moment - pod.created
+            self.busy_seconds += self.moment - pod.since if pod.job is not None else 0
+
+    def waits(self) -> list[float]:
+        """Seconds until each job was taken; of one that never was, until now."""
+        pairs = zip(self.jobs, self.starts, strict=True)
+        return [min(start, self.moment) - job.created for job, start in pairs]
+
+
+# ------------------------------------------------------------------------------- the scaler
+
+
+@dataclass
+class Scaler:
+    """What scaler.py has on the Deployment, and its looks."""
+
+    settings: scaler.Settings
+    replicas: int
+    annotations: dict[str, str]
+
+    def look(self, workers: Workers) -> tuple[scaler.Decision, list[int]]:
+        """Decide as a look does and apply it: the decision, and the pods that go with it."""
+        settings, pods = self.settings, workers.pods
+        now = datetime.fromtimestamp(workers.moment, UTC)
+        state = scaler.parse_state(self.annotations, settings, now)
+        limit, aware = settings.count_limit, settings.busy_filter is not None
+        waiting = min(len(workers.waiting), limit)
+        queue = scaler.QueueLength(waiting, waiting >= limit, workers.busy if aware else None)
+        inputs = scaler.Inputs(now, self.replicas, state, queue, own_zero=True)
+        decision = scaler.decide(settings, inputs)
+        if decision.change < 0 and aware:
+            live = [to_scaler(pod) for pod in pods.values()]
+            busy = {str(pod.number) for pod in pods.values() if pod.job is not None}
+            floor, because = scaler.busy_floor(live, busy)
+            inputs = replace(inputs, busy_floor=floor, busy_because=because)
+            decision = scaler.decide(settings, inputs)
+        self.apply(decision, now)
+        victims = sorted(pods.values(), key=deletion_order if aware else newest_first)
+        return decision, [pod.number for pod in victims[: max(0, -decision.change)]]
+
+    def apply(self, decision: scaler.Decision, now: datetime) -> None:
+        changed = dict(decision.annotations)
+        if decision.change:
+            verb = "up" if decision.change > 0 else "down"
+            changed[scaler.LAST_SCALE_TIME] = scaler.write_time(now)
+            changed[scaler.LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
+        both = {**self.annotations, **changed}
+        self.annotations = {name: value for name, value in both.items() if value is not None}
+        self.replicas += decision.change
+
+
+def to_scaler(pod: Pod) -> scaler.Pod:
+    return scaler.Pod(str(pod.number), "1", (True, 2 if pod.ready else 0, pod.ready), 0)
+
+
+def newest_first(pod: Pod) -> tuple[bool, int]:
+    return pod.ready, -pod.number
+
+
+def deletion_order(pod: Pod) -> tuple[bool, bool, int]:
+    return pod.ready, pod.job is not None, -pod.number
+
+
+def look_offsets(settings: scaler.Settings) -> list[int]:
+    """When a run looks, in seconds from its start. The next one starts after a minute."""
+    interval, total = settings.polling_interval_seconds, settings.timeout_seconds
+    if interval is None:
+        return [0]
+    last = total - min(1.0, total / 10)
+    return [at for at in range(0, MINUTE, interval) if at <= last]
+
+
+# ------------------------------------------------------------------------------- the outcome
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a variant; None where nobody knows."""
+
+    variant: str
+    mean_wait_seconds: float
+    p95_wait_seconds: float
+    max_wait_seconds: float
+    pod_hours: float | None = None
+    busy_share: float | None = None
+    scale_ups: int | None = None
+    scale_downs: int | None = None
+    at_maximum_seconds: float | None = None
+    killed: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    row: Row
+    panel: Panel
+    unfinished: int = 0
+
+
+def waits_row(variant: str, waits: Sequence[float]) -> Row:
+    ordered = sorted(waits)
+    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    mean = math.fsum(ordered) / len(ordered)
+    return Row(variant, round(mean, 1), round(p95, 1), round(ordered[-1], 1))
+
+
+def start_of(jobs: Sequence[Job]) -> int:
+    """The full minute before the first job."""
+    return int(min(job.created for job in jobs) // MINUTE * MINUTE)
+
+
+def what_happened(jobs: Sequence[Job]) -> Outcome:
+    """The row and the panel of the jobs as they are in the file; nobody noted the pods."""
+    changes: dict[float, tuple[int, int]] = {}
+    for job in jobs:
+        for at, waiting, busy in ((job.created, 1, 0), (job.started, -1, 1), (job.finished, 0, -1)):
+            before = changes.get(at, (0, 0))
+            changes[at] = before[0] + waiting, before[1] + busy
+    points, waiting, busy = [Point(start_of(jobs), 0, 0, None)], 0, 0
+    for at, change in sorted(changes.items()):
+        waiting, busy = waiting + change[0], busy + change[1]
+        points.append(Point(at, waiting, busy, None))
+    name = "what happened"
+    return Outcome(waits_row(name, [job.started - job.created for job in jobs]), Panel(points, name))
+
+
+def simulate(
+    name: str, settings: scaler.Settings, jobs: Sequence[Job], pod_start: float
+) -> Outcome:
+    """One variant, from the minute of the first job on."""
+    jobs = sorted(jobs, key=lambda job: job.created)
+    start, end = start_of(jobs), max(job.finished for job in jobs)
+    first = settings.minimum(datetime.fromtimestamp(start, UTC))[0]
+    workers = Workers(jobs, pod_start, start, first)
+    scales = Scaler(settings, first, {})
+    points: list[Point] = []
+    changes: list[int] = []
+    at_maximum = 0.0
+    for at in look_times(settings, start, end + DAY):
+        before = workers.moment
+        workers.advance(at)
+        if not workers.left and at > end:
+            break
+        at_maximum += at - before if scales.replicas >= settings.max_replicas else 0
+        decision, victims = scales.look(workers)
+        workers.scale(decision.change, victims)
+        changes.append(decision.change)
+        points.append(Point(at, len(workers.waiting), workers.busy, scales.replicas))
+    if not workers.left:
+        workers.moment = max(end, workers.last_end)
+        at_maximum += (
+            workers.moment - points[-1].at if scales.replicas >= settings.max_replicas else 0
+        )
+    workers.close()
+    row = replace(
+        waits_row(name, workers.waits()),
+        pod_hours=round(workers.pod_seconds / 3600, 2),
+        busy_share=workers.pod_seconds and round(workers.busy_seconds / workers.pod_seconds, 4),
+        scale_ups=sum(change > 0 for change in changes),
+        scale_downs=sum(change < 0 for change in changes),
+        at_maximum_seconds=round(at_maximum, 1),
+        killed=workers.killed,
+    )
+    return Outcome(row, Panel(points, name, settings.max_replicas), workers.left)
+
+
+def look_times(settings: scaler.Settings, start: int, end: float) -> Iterator[float]:
+    offsets = look_offsets(settings)
+    for run in range(start, math.ceil(end), MINUTE):
+        for offset in offsets:
+            yield run + offset
+
+
+# -------------------------------------------------------------------------------- the output
+
+
+def clock_time(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "variant": ("", str),
+    "mean_wait_seconds": ("mean wait", clock_time),
+    "p95_wait_seconds": ("95%", clock_time),
+    "max_wait_seconds": ("longest", clock_time),
+    "pod_hours": ("pod-hours", "{:.1f}".format),
+    "busy_share": ("worked", "{:.0%}".format),
+    "scale_ups": ("ups", str),
+    "scale_downs": ("downs", str),
+    "at_maximum_seconds": ("at maximum", clock_time),
+    "killed": ("killed", str),
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    cells = [[title for title, _ in COLUMNS.values()]]
+    for row in rows:
+        values = asdict(row)
+        shown = [(values[name], show) for name, (_, show) in COLUMNS.items()]
+        cells.append(["-" if value is None else show(value) for value, show in shown])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for name, *others in cells:
+        numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+    return "\n".join(lines)
+
+
+def as_json(row: Row) -> str:
+    def camel(name: str) -> str:
+        first, *others = name.split("_")
+        return first + "".join(map(str.capitalize, others))
+
+    return json.dumps({camel(name): value for name, value in asdict(row).items()})
+
+
+# -------------------------------------------------------------------------------------- main
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= DAY:
+        raise ValueError
+    return value
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("jobs", nargs="?", type=Path, metavar="FILE", help="the jobs, as CSV with a header line")
+    add("--collection", metavar="PATH", help="read the jobs from this Firestore collection instead")
+    for name in ("created", "started", "finished"):
+        add(f"--{name}", metavar="NAME", default=name, help=f"column or field (default {name})")
+    add("--since", type=scaler.read_time, metavar="TIME", help="with --collection: not the older")
+    add("--csv", type=Path, metavar="FILE", help="with --collection: write the jobs to this file")
+    add("--cronjob", type=Path, metavar="FILE", help="settings of this manifest; else those of "
+        "the environment")  # fmt: skip
+    add("--try", dest="tries", action="append", default=[], metavar="SETTINGS",
+        help='other settings, as "MAX_REPLICAS=8 JOBS_PER_POD=2"; any number of times')  # fmt: skip
+    add("--pod-start", type=seconds, default=30, metavar="SECONDS", help="until a new pod is ready")
+    add("--json", action="store_true", help="print a JSON object per row")
+    add("--svg", type=Path, metavar="FILE", help="draw the jobs and pods over time")
+    options = parser.parse_args(argv)
+    if (options.jobs is None) is (options.collection is None):
+        parser.error("expected a file of jobs or --collection")
+    if options.collection is None and (options.csv or options.since):
+        parser.error("--csv and --since go with --collection")
+    names = (options.created, options.started, options.finished)
+    if len(set(names)) < 3:
+        parser.error(f"expected three names, not {', '.join(names)}")
+    return options
+
+
+def read_jobs(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Job]:
+    names = (options.created, options.started, options.finished)
+    if options.jobs:
+        return read_csv(options.jobs, names)
+    queue = {"DEPLOYMENT": "worker", **environ, "QUEUE_COLLECTION": options.collection}
+    jobs, unfinished = read_collection(scaler.read_settings(queue), names, options.since)
+    for line in unfinished:
+        note(f"left out: {line}")
+    if options.csv:
+        write_csv(options.csv, jobs)
+    return jobs
+
+
+def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    base = environment_of(options.cronjob) if options.cronjob else environ
+    variants = read_variants(base, options.tries)
+    jobs = read_jobs(options, base)
+    check_span(jobs)
+    outcomes = [what_happened(jobs)]
+    for name, settings in variants.items():
+        outcome = simulate(name, settings, jobs, options.pod_start)
+        outcomes.append(outcome)
+        if outcome.unfinished:
+            note(f"{name}: stopped with {outcome.unfinished} of {len(jobs)} jobs not finished")
+    rows = [outcome.row for outcome in outcomes]
+    print("\n".join(map(as_json, rows)) if options.json else table(rows))
+    if options.svg:
+        caption = "What other settings would have done with the jobs"
+        options.svg.write_text(draw([outcome.panel for outcome in outcomes], caption))
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    options = parse_arguments(argv)
+    try:
+        run(options, environ)
+    except Problem as problem:
+        note(str(problem))
+        return 2
+    except scaler.Failure as failure:
+        note(str(failure))
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
