@@ -1,7 +1,7 @@
 """Draws jobs and pods over time as an SVG that can be read on a white page and on a black one.
 
-    python -m tools.chart FILE    an hour and a half of work, as the real script decides (`make
-                                  picture` draws docs/replicas.svg with it)
+python -m tools.chart FILE    an hour and a half of work, as the real script decides (`make
+                              picture` draws docs/replicas.svg with it)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,11 +18,11 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 WIDTH, LEFT, RIGHT = 760, 48, 12
-LEGEND, TITLE, GAP, AXIS = 34, 20, 12, 34  # heights, as the two below
+LEGEND, TITLE, GAP, AXIS = 34, 16, 16, 34  # heights, as the two below
 QUEUE, PODS_STRIP = 70, 110
 # Middle tones, which stand out from a white page and from a black one.
 INK, WAITING, WORKING, PODS = "#7d8590", "#d29922", "#8b949e", "#2f81f7"
-TITLE_LENGTH = 110
+TITLE_LENGTH = 80  # characters per line: capitals are wide
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 TICKS = (10 * MINUTE, 30 * MINUTE, HOUR, 3 * HOUR, 6 * HOUR, DAY, 2 * DAY, 7 * DAY, 28 * DAY)
@@ -117,7 +118,7 @@ class Time:
 
 def round_step(most: int) -> int:
     """The least of 1, 2, 5, 10, 20, ... that makes four steps or fewer."""
-    power = 10 ** len(str(most))
+    power: int = 10 ** len(str(most))
     steps = [power // divisor for divisor in (1000, 500, 200, 100, 50, 20, 10, 5, 2)]
     return next(step for step in steps if step and most / step <= 4)
 
@@ -169,7 +170,7 @@ def draw_panel(panel: Panel, top: float, time: Time, most: Point) -> Iterator[st
     yield from time.axis(top, pods.bottom)
     waiting = area([(p.at, p.waiting) for p in points], panel.end, time, queue)
     working = area([(p.at, p.busy) for p in points], panel.end, time, pods)
-    yield f'<path d="{waiting}" fill="{WAITING}" fill-opacity=".6"/>'
+    yield f'<path d="{waiting}" fill="{WAITING}" fill-opacity=".8"/>'
     yield f'<path d="{working}" fill="{WORKING}" fill-opacity=".6"/>'
     known = [(p.at, p.pods) for p in points if p.pods is not None]
     if panel.limit is not None:
@@ -192,10 +193,8 @@ def draw(panels: Sequence[Panel], caption: str) -> str:
     time = Time(min(point.at for point in every), max(panel.end for panel in panels))
     parts, top = [], float(LEGEND)
     for panel in panels:
-        if panel.title:
-            long = len(panel.title) > TITLE_LENGTH
-            title = panel.title[: TITLE_LENGTH - 1] + "…" if long else panel.title
-            parts.append(label(LEFT, top + 12, title, more='font-weight="600"'))
+        for line in textwrap.wrap(panel.title, TITLE_LENGTH):
+            parts.append(label(LEFT, top + 8, line, more='font-weight="600"'))
             top += TITLE
         parts += draw_panel(panel, top, time, most)
         top += QUEUE + GAP + PODS_STRIP + AXIS

@@ -29,6 +29,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,11 +60,12 @@ def note(text: str) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """When a job was created, started and finished, in Unix seconds."""
+    """When a job was created, started and finished, in Unix seconds, and where that was read."""
 
     created: float
     started: float
     finished: float
+    where: str = ""
 
     @property
     def seconds(self) -> float:
@@ -73,7 +75,7 @@ class Job:
 Names = tuple[str, str, str]  # of a job's three times: columns, or fields of a document
 
 
-def parse_job(names: Names, values: Sequence[object]) -> Job:
+def parse_job(where: str, names: Names, values: Sequence[object]) -> Job:
     """Raises Problem with every mistake of this job."""
     times: list[float] = []
     problems: list[str] = []
@@ -83,12 +85,13 @@ def parse_job(names: Names, values: Sequence[object]) -> Job:
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise Problem("; ".join(problems))
-    job = Job(*times)
+        raise Problem(f"{where}: {'; '.join(problems)}")
+    created, started, finished = times
+    job = Job(created, started, finished, where)
     if job.started < job.created:
-        raise Problem(f"starts ({values[1]}) before it is created ({values[0]})")
+        raise Problem(f"{where}: starts ({values[1]}) before it is created ({values[0]})")
     if job.finished < job.started:
-        raise Problem(f"ends ({values[2]}) before it starts ({values[1]})")
+        raise Problem(f"{where}: ends ({values[2]}) before it starts ({values[1]})")
     return job
 
 
@@ -119,10 +122,11 @@ def read_csv(path: Path, names: Names) -> list[Job]:
                 if len(row) != width:
                     problems.append(f"{where}: {len(row)} cells, where line 1 has {width}")
                     continue
+                cells = [row[place].strip() for place in places.wanted]
                 try:
-                    jobs.append(parse_job(names, [row[place].strip() for place in places.wanted]))
+                    jobs.append(parse_job(where, names, cells))
                 except Problem as problem:
-                    problems.append(f"{where}: {problem}")
+                    problems.append(str(problem))
             end = reader.line_num + 1
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
@@ -174,10 +178,12 @@ def write_csv(path: Path, jobs: Iterable[Job]) -> None:
 
 def check_span(jobs: Sequence[Job]) -> None:
     """One wrong date would have the scaler look for decades."""
-    first, last = min(job.created for job in jobs), max(job.finished for job in jobs)
-    if last - first > MOST_DAYS * DAY:
-        begin, end = (scaler.write_time(datetime.fromtimestamp(at, UTC)) for at in (first, last))
-        raise Problem(f"the jobs are of {begin} to {end}: expected at most {MOST_DAYS} days")
+    first = min(jobs, key=lambda job: job.created)
+    last = max(jobs, key=lambda job: job.finished)
+    days = (last.finished - first.created) / DAY
+    if days > MOST_DAYS:
+        there = f"{first.where}: created {days:.0f} days before the end of {last.where}"
+        raise Problem(f"{there}: expected at most {MOST_DAYS} days")
 
 
 # ---------------------------------------------------------------------------------- Firestore
@@ -212,12 +218,10 @@ def read_collection(
             raise scaler.queue_failure(f"reading {path}", error) from error
         for document in documents:
             values = [value_at(document, one) for one in paths]
-            where = document.reference.path
             try:
-                jobs.append(parse_job(names, values))
+                jobs.append(parse_job(document.reference.path, names, values))
             except Problem as problem:
-                ended = values[0] is not None and None not in values
-                (problems if ended else unfinished).append(f"{where}: {problem}")
+                (unfinished if None in values else problems).append(str(problem))
         read += len(documents)
         note(f"{path}: {read} documents read")
         if len(documents) < PAGE:
@@ -542,7 +546,9 @@ def what_happened(jobs: Sequence[Job]) -> Outcome:
         waiting, busy = waiting + change[0], busy + change[1]
         points.append(Point(at, waiting, busy, None))
     name = "what happened"
-    return Outcome(waits_row(name, [job.started - job.created for job in jobs]), Panel(points, name))
+    return Outcome(
+        waits_row(name, [job.started - job.created for job in jobs]), Panel(points, name)
+    )
 
 
 def simulate(
@@ -601,7 +607,6 @@ def clock_time(seconds: float) -> str:
 
 
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "variant": ("", str),
     "mean_wait_seconds": ("mean wait", clock_time),
     "p95_wait_seconds": ("95%", clock_time),
     "max_wait_seconds": ("longest", clock_time),
@@ -611,6 +616,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "scale_downs": ("downs", str),
     "at_maximum_seconds": ("at maximum", clock_time),
     "killed": ("killed", str),
+    "variant": ("variant", str),
 }
 
 
@@ -621,11 +627,10 @@ def table(rows: Sequence[Row]) -> str:
         shown = [(values[name], show) for name, (_, show) in COLUMNS.items()]
         cells.append(["-" if value is None else show(value) for value, show in shown])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for name, *others in cells:
-        numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *numbers]))
-    return "\n".join(lines)
+    # The variant comes last, as its name may be long.
+    return "\n".join(
+        "  ".join([*(map(str.rjust, numbers, widths)), variant]) for *numbers, variant in cells
+    )
 
 
 def as_json(row: Row) -> str:
@@ -639,11 +644,18 @@ def as_json(row: Row) -> str:
 # -------------------------------------------------------------------------------------- main
 
 
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= DAY:
-        raise ValueError
-    return value
+def start_seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) <= DAY:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected seconds from 0 to {DAY}")
+
+
+def since(text: str) -> datetime:
+    try:
+        return scaler.read_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is {error}") from None
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -657,13 +669,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--collection", metavar="PATH", help="read the jobs from this Firestore collection instead")
     for name in ("created", "started", "finished"):
         add(f"--{name}", metavar="NAME", default=name, help=f"column or field (default {name})")
-    add("--since", type=scaler.read_time, metavar="TIME", help="with --collection: not the older")
+    add(
+        "--since",
+        type=since,
+        metavar="TIME",
+        help="with --collection: jobs created then or later only",
+    )
     add("--csv", type=Path, metavar="FILE", help="with --collection: write the jobs to this file")
     add("--cronjob", type=Path, metavar="FILE", help="settings of this manifest; else those of "
         "the environment")  # fmt: skip
     add("--try", dest="tries", action="append", default=[], metavar="SETTINGS",
         help='other settings, as "MAX_REPLICAS=8 JOBS_PER_POD=2"; any number of times')  # fmt: skip
-    add("--pod-start", type=seconds, default=30, metavar="SECONDS", help="until a new pod is ready")
+    add(
+        "--pod-start",
+        type=start_seconds,
+        default=30,
+        metavar="SECONDS",
+        help="until a new pod is ready (default 30)",
+    )
     add("--json", action="store_true", help="print a JSON object per row")
     add("--svg", type=Path, metavar="FILE", help="draw the jobs and pods over time")
     options = parser.parse_args(argv)
@@ -705,7 +728,11 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     print("\n".join(map(as_json, rows)) if options.json else table(rows))
     if options.svg:
         caption = "What other settings would have done with the jobs"
-        options.svg.write_text(draw([outcome.panel for outcome in outcomes], caption))
+        chart = draw([outcome.panel for outcome in outcomes], caption)
+        try:
+            options.svg.write_text(chart, encoding="utf-8")
+        except OSError as error:
+            raise Problem(f"{options.svg}: {error.strerror}") from None
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
