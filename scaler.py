@@ -1,18 +1,36 @@
 #!/usr/bin/env python3
-"""queue-scaler: keeps the pods of one Kubernetes Deployment in step with a Firestore job queue.
+"""queue-scaler: sets the replicas of one Kubernetes Deployment by a Firestore job queue.
 
-A CronJob starts this script every minute. It reads the length of the queue and what the last
-runs left in the Deployment's annotations, decides, sets `spec.replicas`, says why, and exits:
+A CronJob starts this script every minute. It reads the length of the queue and the state that
+earlier runs left in the Deployment's annotations, decides, sets `spec.replicas`, says why, and
+exits:
 
     environment ──▶ Settings ───────────────┐
     Deployment ───▶ replicas, annotations ──┤
     Firestore ────▶ waiting, busy ──────────┼──▶ decide() ──▶ apply ──▶ report ──▶ exit code
     clock ────────▶ now ────────────────────┘    (pure)
 
-This is one look. With POLLING_INTERVAL_SECONDS a run looks again and again until its time is up.
-`scaler.py --help` lists the settings. Exit codes: 0, the run did its work; 1, the queue or the
-cluster did not answer and nothing was shrunk; 2, a person has to change something first.
+This is one look. A run is one look; one more if a delay ends within 15 s; or, with
+POLLING_INTERVAL_SECONDS, one look after another. `scaler.py --help` lists the settings.
+Exit codes: 0, the run did its work; 1, the queue or the cluster did not respond in time and
+nothing was removed; 2, you have to fix something first; 143, interrupted.
 """
+
+# The sections, in order; each uses only those above it:
+#
+#   failures             why a look ends early
+#   output and settings  environment variables; a new setting is one field of Settings
+#   annotations          what the Deployment's annotations say: state and pauses
+#   decision             pure: decide() and one function per rule; a new rule goes here
+#   removal              pure: whose pods, which of them are busy, which may go
+#   deadline             the time of a look, and how far it has come
+#   queue                Firestore
+#   cluster              the API server
+#   look                 read, decide, choose victims, set their costs, read again, patch
+#   report               log lines and the result record
+#   main                 runs, polling, signals
+#
+# A new reason is one word in Reason, and one row of the table in tests/test_messages.py.
 
 # ruff: noqa: E402 - the signals come before all other imports
 from __future__ import annotations
@@ -35,6 +53,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -49,7 +68,17 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
     from tenacity import Retrying
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
+
+T = TypeVar("T")
+U = TypeVar("U")
+Clock = Callable[[], datetime]
+
+FIELD_MANAGER = "queue-scaler"
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1  # of replicas, deletion costs and Firestore's limits
+
+
+# ---------------------------------------------------------------------------------- failures
 
 # fmt: off
 Reason = Literal[
@@ -57,59 +86,87 @@ Reason = Literal[
     "ScaleUpStabilized", "ScaleDownStabilized", "ScaleUpDisabled", "ScaleDownDisabled",
     "WorkersBusy", "Paused", "ScalingDisabled", "TooFewReplicas", "TooManyReplicas", "Fallback",
     "QueueUnavailable", "ClusterUnavailable", "InvalidSettings", "DeploymentNotFound", "Forbidden",
+    "Interrupted",
 ]
 # fmt: on
-T = TypeVar("T")
-
-FIELD_MANAGER = "queue-scaler"
-ANNOTATION = "queue-scaler/"
-LAST_SCALE_TIME = ANNOTATION + "last-scale-time"
-LAST_SCALE = ANNOTATION + "last-scale"
-RECOMMENDATIONS = ANNOTATION + "recommendations"
-FAILING_SINCE = ANNOTATION + "queue-failing-since"
-PAUSED = ANNOTATION + "paused"
-PAUSED_REPLICAS = ANNOTATION + "paused-replicas"
-PAUSED_SCALE_IN = ANNOTATION + "paused-scale-in"
-PAUSED_SCALE_OUT = ANNOTATION + "paused-scale-out"
-PAUSED_UNTIL = ANNOTATION + "paused-until"
-PAUSES = frozenset((PAUSED, PAUSED_REPLICAS, PAUSED_SCALE_IN, PAUSED_SCALE_OUT))
-DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
-INT32_MAX = 2**31 - 1  # the most that Kubernetes takes for replicas, and Firestore for a limit
 
 
 class Failure(Exception):
-    """Why a look ends without the change it wanted: a reason, a sentence for people, an exit code.
+    """Why a look ends without the change it wanted.
 
-    `transient`: it is worth another try before the deadline, not before `retry_after` seconds have
-    passed. `status` is the API server's HTTP status. `read_again`: the Deployment changed since it
-    was read, or may have been changed by us.
+    The message says what happened, `advice` what to do about it. `transient`: another try before
+    the deadline may succeed, after `retry_after` seconds at the earliest. `status` is the API
+    server's HTTP status. `read_again`: the Deployment or its pods have changed since they were
+    read, or we may have changed them.
     """
 
-    status, retry_after, read_again = 0, 0.0, False
-
     def __init__(
-        self, reason: Reason, message: str, exit_code: int = 1, transient: bool = True
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        advice: str = "",
+        exit_code: int = 1,
+        transient: bool = True,
+        status: int = 0,
+        retry_after: float = 0.0,
+        read_again: bool = False,
     ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        self.exit_code, self.transient = exit_code, transient and exit_code == 1
+        self.advice, self.exit_code, self.status = advice, exit_code, status
+        self.transient = transient and exit_code == 1
+        self.retry_after, self.read_again = retry_after, read_again
 
 
 class QueueFailure(Failure):
     """The queue could not be read."""
 
 
-# ---------------------------------------------------------------------------------- settings
+SECRETS = re.compile(
+    r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
+)
 
-Filter = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
-Parser = Callable[[str], Any]  # raises ValueError, which says what it expected
+
+def scrub(message: str) -> str:
+    """Without tokens and keys, which libraries' errors and proxies' responses may quote."""
+    return SECRETS.sub("[removed]", message)
+
+
+def one_line(text: object, limit: int = 1200) -> str:
+    """A library's error, or a name, in one line of at most so many characters."""
+    line = " ".join(scrub(str(text)).encode(errors="replace").decode().split())
+    line = line or type(text).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def quoted(value: object) -> str:
+    """A value as an error shows it: quoted, and truncated if it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The known name that a misspelled one most likely stands for."""
+    from difflib import get_close_matches  # rarely needed, and every import is paid 1,440 times
+
+    return next(iter(get_close_matches(name, known, 1, cutoff)), None)
+
+
+# ----------------------------------------------------------------------- output and settings
+
+Parser = Callable[[str], Any]  # raises ValueError, which says what was expected
+Condition = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
+Filter = tuple[tuple[Condition, ...], ...]  # alternatives: a job matches all conditions of one
 
 # The web's spelling, and the Python client's; people copy from both.
 ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not-in", *ARRAY)
+INEQUALITIES = ("<", "<=", ">", ">=")
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
-MAP_DEPTH = 20  # how deep Firestore lets values be nested
-SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a collection's path
+DISJUNCTIONS = 30  # Firestore's limit on a query in disjunctive normal form
+MAP_DEPTH = 20  # Firestore's limit on nested values
+SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a path
 # Of a field's path: as the API takes it, or else without a space around it, which would match
 # nothing, for ever.
 FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
@@ -117,12 +174,23 @@ FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
 SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
+RFC3339 = r"(?i)\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"
+RELATIVE = r"now(?:([+-])(\d{1,9})([smhd]))?"
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
-def quoted(value: object) -> str:
-    """A value as an error shows it: quoted, and cut where it is long."""
-    shown = repr(value)
-    return shown if len(shown) <= 120 else shown[:117] + "..."
+@dataclass(frozen=True)
+class RelativeTime:
+    """A filter's value that is the time of the look, plus an offset."""
+
+    offset: timedelta
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A filter's value that is a document of the same database."""
+
+    path: str
 
 
 def matching(pattern: str, expected: str, convert: Parser = str) -> Parser:
@@ -157,8 +225,13 @@ object_name = matching(
 )
 collection = matching(
     rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
-    "a collection path such as jobs or tenants/acme/jobs: an odd number of segments, none of them "
-    "empty, no space around one",
+    "a collection path such as jobs or tenants/acme/jobs, or several, separated by commas: an odd "
+    "number of segments each, none of them empty, no space around one",
+    lambda raw: raw.strip("/"),
+)
+document_path = matching(
+    rf"/*{SEGMENT}/{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
+    "a document path such as lanes/fast: an even number of segments",
     lambda raw: raw.strip("/"),
 )
 field_path = matching(
@@ -167,8 +240,8 @@ field_path = matching(
     api_field_path,
 )
 boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
-level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR")
-line_format = matching("(?i)text|json", "text or json")
+level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR", str.upper)
+line_format = matching("(?i)text|json", "text or json", str.lower)
 step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
 replica_count = bounded_integer(0, INT32_MAX, "pods")
 positive = bounded_integer(1, INT32_MAX, "pods or jobs")
@@ -177,20 +250,46 @@ window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no l
 budget_seconds = bounded_integer(1, 3600, "seconds")
 
 
-def filters(raw: str) -> tuple[Filter, ...]:
+def collections(raw: str) -> tuple[str, ...]:
+    paths = tuple(collection(path.strip()) for path in raw.split(","))
+    if len(set(paths)) < len(paths):
+        raise ValueError("expected each collection once, or its jobs would count twice")
+    return paths
+
+
+def filters(raw: str) -> Filter:
+    """A list of conditions, or a list of such lists, of which a job matches any."""
     form = 'expected a JSON list of [field, op, value], such as [["status", "==", "waiting"]]'
     try:
-        triples = json.loads(raw)
-        if not isinstance(triples, list):
-            raise ValueError("this is not a list")
-        return tuple(parse_filter(triple) for triple in triples)
+        found = json.loads(raw)
     except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{form}; this is not JSON") from None
+    try:
+        if not isinstance(found, list):
+            raise ValueError("this is not a list")
+        nested = [bool(isinstance(one, list) and one and isinstance(one[0], list)) for one in found]
+        if any(nested) and not all(nested):
+            raise ValueError(
+                "a list of such lists has no condition, and no empty list, beside them"
+            )
+        alternatives = found if any(nested) else [found]
+        parsed = tuple(tuple(parse_condition(one) for one in each) for each in alternatives)
+        if disjunctions(parsed) > DISJUNCTIONS:
+            raise ValueError(f"Firestore takes at most {DISJUNCTIONS} alternatives, lists included")
+        if len(parsed) > 1 and any(op == "not-in" for each in parsed for _, op, _ in each):
+            raise ValueError("Firestore cannot combine not-in with alternatives")
+        return parsed
     except ValueError as error:
         raise ValueError(f"{form}; {error}") from None
 
 
-def parse_filter(triple: object) -> Filter:
+def disjunctions(alternatives: Filter) -> int:
+    """How many disjunctions Firestore makes of a filter."""
+    counted = ("in", "array_contains_any")
+    return sum(math.prod(len(v) for _, op, v in each if op in counted) for each in alternatives)
+
+
+def parse_condition(triple: object) -> Condition:
     if not (isinstance(triple, list) and len(triple) == 3):
         raise ValueError(f"{quoted(triple)} is not such a triple")
     name, op, value = triple
@@ -199,15 +298,15 @@ def parse_filter(triple: object) -> Filter:
     if op not in OPERATORS:
         raise ValueError(f"{quoted(op)} is not one of the operators {', '.join(OPERATORS)}")
     op = op.replace("array-", "array_").replace("-any", "_any")
-    most = LIST_OPERATORS.get(op)
-    if most and not (isinstance(value, list) and 1 <= len(value) <= most):
-        raise ValueError(f"{op} takes a list of 1 to {most} values, not {quoted(value)}")
+    limit = LIST_OPERATORS.get(op)
+    if limit and not (isinstance(value, list) and 1 <= len(value) <= limit):
+        raise ValueError(f"{op} takes a list of 1 to {limit} values, not {quoted(value)}")
     if op not in ("==", "!=") and (value is None or value != value):
         raise ValueError(f"null goes with == and != only, not with {op}")
     if not encodable(value):
         limits = f"at most 64 bits a number, text is Unicode, nested at most {MAP_DEPTH} deep"
         raise ValueError(f"{quoted(value)} cannot be sent: {limits}")
-    return api_field_path(name), op, value
+    return api_field_path(name), op, typed(value)
 
 
 def encodable(value: object, depth: int = 0) -> bool:
@@ -220,10 +319,65 @@ def encodable(value: object, depth: int = 0) -> bool:
     return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
+def typed(value: Any) -> Any:
+    """A value from JSON with the two types that JSON lacks, named as in Firestore's REST API."""
+    if isinstance(value, list):
+        return [typed(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    for key, parse in (("timestampValue", timestamp_value), ("referenceValue", reference_value)):
+        if key in value:
+            if len(value) > 1 or not isinstance(value[key], str):
+                raise ValueError(f"{quoted(value)}: expected {key} alone, with a text")
+            return parse(value[key])
+    return {key: typed(one) for key, one in value.items()}
+
+
+def timestamp_value(text: str) -> RelativeTime | datetime:
+    relative = re.fullmatch(RELATIVE, text)
+    try:
+        if relative:
+            sign, number, unit = relative.groups(default="")
+            offset = timedelta(**{UNITS[unit or "s"]: int(sign + (number or "0"))})
+            datetime(2000, 1, 1) + offset  # what no calendar holds fails here, not in a run
+            return RelativeTime(offset)
+        if re.fullmatch(RFC3339, text):
+            return read_time(text)
+    except (ValueError, OverflowError):
+        pass
+    expected = "now, now-15m, now+2h (s, m, h or d) or a time such as 2026-01-01T00:00:00Z"
+    raise ValueError(f"timestampValue {quoted(text)}: expected {expected}")
+
+
+def reference_value(text: str) -> Reference:
+    try:
+        return Reference(document_path(text))
+    except ValueError as error:
+        raise ValueError(f"referenceValue {quoted(text)}: {error}") from None
+
+
+def read_time(value: str) -> datetime:
+    """A time as people type it: RFC 3339 with any offset and fraction, or Unix seconds.
+
+    One without an offset is UTC. Eight digits are a date, as in 20260101. Raises ValueError.
+    """
+    try:
+        if re.fullmatch(r"\s*\d{9,}(\.\d+)?\s*", value):
+            return datetime.fromtimestamp(float(value), UTC)
+        when = datetime.fromisoformat(value.strip().upper())
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ValueError("not a time such as 2026-01-01T00:00:00Z or 1767225600") from None
+
+
+def write_time(when: datetime) -> str:
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 @dataclass(frozen=True)
 class ScheduledMinimum:
     """Hours of the week with a higher minimum, in pods. `days` count from a Monday (0), `begin` and
-    `end` are minutes of the day; hours past midnight belong to the day on which they begin."""
+    `end` are minutes of the day; hours past midnight belong to the day on which they start."""
 
     text: str
     replicas: int
@@ -232,7 +386,7 @@ class ScheduledMinimum:
     end: int
     timezone: tzinfo
 
-    def in_force(self, now: datetime) -> bool:
+    def applies(self, now: datetime) -> bool:
         local, day, week = now.astimezone(self.timezone), 24 * 60, 7 * 24 * 60
         minute = local.weekday() * day + local.hour * 60 + local.minute
         length = (self.end - self.begin) % day or day
@@ -265,10 +419,10 @@ REQUIRED = "required"
 
 
 def setting(parse: Parser, default: str | None, meaning: str, shown: str = "") -> Any:
-    """A field of Settings, read from the variable of the same name in upper case.
+    """A field that is read from the variable of the same name in upper case.
 
-    `default` is written as the variable would be, None where there is none; `shown` says for
-    people what holds then.
+    `default` is written as the variable would be, None if there is none; `shown` tells people what
+    applies then.
     """
     shown = default if default is not None else shown
     return field(metadata={"parse": parse, "default": default, "meaning": meaning, "shown": shown})
@@ -284,68 +438,96 @@ class Settings:
         "the pod's own; outside a cluster, the kubeconfig context's")
     firestore_project: str | None = setting(non_empty, None, "Google Cloud project",
         "from the credentials")
-    firestore_database: str = setting(non_empty, "(default)", "database id")
-    queue_collection: str = setting(collection, None,
-        "collection path, such as jobs or tenants/acme/jobs, one document a job", REQUIRED)
+    firestore_database: str = setting(non_empty, "(default)", "database ID")
+    queue_collection: tuple[str, ...] = setting(collections, None,
+        "collection path, such as jobs or tenants/acme/jobs, one document per job; several, "
+        "separated by commas, are added up", REQUIRED)
     queue_collection_group: bool = setting(boolean, "false",
-        "true: count every collection of that id, wherever it lies")
-    waiting_filter: tuple[Filter, ...] = setting(filters, '[["status", "==", "waiting"]]',
-        "JSON list of Firestore filters [field, op, value], all of which a waiting job meets; "
-        "[] counts every document")
-    busy_filter: tuple[Filter, ...] | None = setting(filters, None,
+        "true: count every collection with that ID, wherever it is")
+    waiting_filter: Filter = setting(filters, '[["status", "==", "waiting"]]',
+        "JSON list of Firestore filters [field, op, value]; a waiting job matches all of them; [] "
+        "counts every document; a list of such lists: a job matches any of them")
+    waiting_since_field: str | None = setting(field_path, None,
+        "field with the time since which a job has been waiting, such as createdAt; the log line "
+        "and the record then include how long the oldest job has waited", "unset")
+    busy_filter: Filter | None = setting(filters, None,
         "the same for a job that a pod is working on", "unset: not busy-aware")
     busy_pod_field: str = setting(field_path, "assignedPodId",
         "field of a job's document that holds the name of its pod")
-    min_replicas: int = setting(replica_count, "1",
-        "lower end of the range, in pods; 0 scales to zero")
-    max_replicas: int = setting(positive, "3", "upper end of the range, in pods")
+    min_replicas: int = setting(replica_count, "1", "minimum, in pods; 0 scales to zero")
+    max_replicas: int = setting(positive, "3", "maximum, in pods")
     scheduled_min_replicas: tuple[ScheduledMinimum, ...] | None = setting(scheduled_minimums, None,
         "hours with a higher minimum, separated by ;, each PODS DAYS HOURS TIMEZONE, such as "
         "5 Mon-Fri 07:30-20:00 Asia/Seoul", "unset")
-    jobs_per_pod: int = setting(positive, "1", "target jobs a pod, waiting and busy together")
+    jobs_per_pod: int = setting(positive, "1", "target jobs per pod, waiting and busy together")
     scale_up_cooldown_seconds: int = setting(seconds, "120",
-        "least time from a scale-up to the next scale-up")
+        "minimum time from a scale-up to the next scale-up")
     scale_down_cooldown_seconds: int = setting(seconds, "300",
-        "least time from any scale to a scale-down")
+        "minimum time from any rescale to a scale-down")
     scale_up_stabilization_seconds: int = setting(window_seconds, "0",
         "window as in the HPA's behavior.scaleUp, at most 3600")
     scale_down_stabilization_seconds: int = setting(window_seconds, "300",
         "window as in the HPA's behavior.scaleDown, at most 3600")
     scale_up_step: str | None = setting(step, None,
-        "most pods added in one scale, as 2 or 50%; 0 switches scale-up off", "unset: no limit")
+        "maximum pods added at once, as 2 or 50%; 0 disables scale-up", "unset: no limit")
     scale_down_step: str | None = setting(step, None,
-        "most pods removed in one scale, as 2 or 50%; 0 switches scale-down off", "unset: no limit")
+        "maximum pods removed at once, as 2 or 50%; 0 disables scale-down", "unset: no limit")
     fallback_replicas: int | None = setting(replica_count, None,
-        "floor held when the queue stays unreadable; it only ever adds pods", "unset: hold")
-    fallback_after_seconds: int = setting(seconds, "180", "how long unreadable before that")
+        "minimum pods while the queue stays unreadable; only ever adds pods", "unset: hold")
+    fallback_after_seconds: int = setting(seconds, "180", "time unreadable before that")
     polling_interval_seconds: int | None = setting(seconds, None,
-        "look again every so many seconds, 1 or more and less than TIMEOUT_SECONDS",
-        "unset: one look a run")
+        "seconds between looks, 1 or more and less than TIMEOUT_SECONDS",
+        "unset: one look per run")
     timeout_seconds: int = setting(budget_seconds, "45",
-        "budget of the whole run, retries and looks included")
-    dry_run: bool = setting(boolean, "false",
-        "decide and report, change nothing (--dry-run does the same)")
-    log_level: str = setting(level, "INFO", "DEBUG, INFO, WARNING or ERROR")
-    log_format: str = setting(line_format, "text",
-        "json: one JSON object a line, with severity and message as Cloud Logging reads them")
-    termination_log: str = setting(non_empty, "/dev/termination-log",
-        "where the result record goes; the default is written only where it exists (in a pod), "
-        "a path that was set is created")
+        "time budget of the whole run, retries and looks included")
     # fmt: on
 
     @property
     def count_limit(self) -> int:
-        """The most jobs worth counting: a billed read covers 1,000 index entries, and more than
-        fill the range change nothing."""
+        """The most jobs worth counting: a billed read covers 1,000 index entries, and more jobs
+        than fill the range change nothing."""
         return min(max(1000, self.max_replicas * self.jobs_per_pod), INT32_MAX)
 
     def minimum(self, now: datetime) -> tuple[int, str]:
-        """The minimum in force, in pods, and the setting that it comes from, as people wrote it."""
+        """The minimum that applies, in pods, and the setting it comes from, as people wrote it."""
         least = (self.min_replicas, f"MIN_REPLICAS={self.min_replicas}")
         for scheduled in self.scheduled_min_replicas or ():
-            if scheduled.replicas > least[0] and scheduled.in_force(now):
+            if scheduled.replicas > least[0] and scheduled.applies(now):
                 least = (scheduled.replicas, f"SCHEDULED_MIN_REPLICAS={scheduled.text}")
         return least
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a run reports. These are parsed first and always have a value, so that every mistake in
+    the other settings can be reported; their own are reported with those."""
+
+    # fmt: off
+    dry_run: bool = setting(boolean, "false",
+        "decide and report, change nothing (--dry-run does the same)")
+    log_level: str = setting(level, "INFO",
+        "DEBUG, INFO, WARNING or ERROR; the line with the decision is always written")
+    log_format: str = setting(line_format, "text",
+        "json: one JSON object per line, with severity and message as Cloud Logging reads them")
+    termination_log: str = setting(non_empty, "/dev/termination-log",
+        "file for the result record; the default is written only if it exists (in a pod), any "
+        "other path is created")
+    # fmt: on
+
+
+VARIABLES = {item.name.upper(): item for item in (*fields(Settings), *fields(Output))}
+
+
+def read_output(environ: Mapping[str, str]) -> Output:
+    """Where a value is not accepted, the default."""
+    values = {}
+    for item in fields(Output):
+        parse, default = item.metadata["parse"], item.metadata["default"]
+        try:
+            values[item.name] = parse(environ.get(item.name.upper(), default).strip())
+        except ValueError:
+            values[item.name] = parse(default)
+    return Output(**values)
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -355,9 +537,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for item in fields(Settings):
-        variable, default = item.name.upper(), item.metadata["default"]
-        required = item.metadata["shown"] == REQUIRED
+    for variable, item in VARIABLES.items():
+        default, required = item.metadata["default"], item.metadata["shown"] == REQUIRED
         raw = environ.get(variable, default)
         try:
             if raw is None and required:
@@ -371,14 +552,17 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         except ValueError as error:
             problems.append(f"{variable}={quoted(raw)}: {error}")
     problems += contradictions(values)
+    host = environ.get("FIRESTORE_EMULATOR_HOST")
+    if host and "/" in host:
+        problems.append(f"FIRESTORE_EMULATOR_HOST={quoted(host)}: expected HOST:PORT, no scheme")
     if problems:
         raise Failure("InvalidSettings", "; ".join(problems), exit_code=2)
-    return Settings(**values)
+    return Settings(**{item.name: values[item.name] for item in fields(Settings)})
 
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
-    """The mistakes that show only when settings are held against each other. `values` lacks those
-    that could not be parsed."""
+    """The mistakes that show only when settings are compared. `values` lacks those that could not
+    be parsed."""
     most, timeout = values.get("max_replicas"), values.get("timeout_seconds")
     counts = [(name, values.get(name.lower())) for name in ("MIN_REPLICAS", "FALLBACK_REPLICAS")]
     for scheduled in values.get("scheduled_min_replicas") or ():
@@ -390,12 +574,12 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     if interval is not None and timeout is not None and not 1 <= interval < timeout:
         expected = f"1 or more, and less than TIMEOUT_SECONDS, which is '{timeout}'"
         yield f"POLLING_INTERVAL_SECONDS='{interval}': expected {expected}"
-    path = values.get("queue_collection") or ""
-    if values.get("queue_collection_group") and "/" in path:
-        expected = f"the bare id of the collections, such as {path.rsplit('/', 1)[-1]}"
-        reason = "QUEUE_COLLECTION_GROUP is true"
-        yield f"QUEUE_COLLECTION={quoted(path)}: expected {expected}, where {reason}"
-    if any(op == "not-in" for _, op, _ in values.get("busy_filter") or ()):
+    for path in values.get("queue_collection") or ():
+        if values.get("queue_collection_group") and "/" in path:
+            expected = f"the bare ID of the collections, such as {path.rsplit('/', 1)[-1]}"
+            reason = "QUEUE_COLLECTION_GROUP is true"
+            yield f"QUEUE_COLLECTION={quoted(path)}: expected {expected}, as {reason}"
+    if any(op == "not-in" for each in values.get("busy_filter") or () for _, op, _ in each):
         yield (
             "BUSY_FILTER: expected no not-in, which Firestore cannot combine with the in over "
             "the pods' names; say which values are busy instead"
@@ -404,73 +588,79 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
 
 def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
     """A warning for each variable that is one of ours but for a letter or two: it would be ignored
-    without a word."""
-    from difflib import get_close_matches
-
-    ours = {item.name.upper() for item in fields(Settings)}
-    for name in sorted(environ.keys() - ours):
-        for known in get_close_matches(name.upper(), ours, 1, cutoff=0.85):
-            yield f"{name} is not a variable of the scaler: is {known} meant?"
+    silently."""
+    for name in sorted(environ.keys() - VARIABLES.keys()):
+        if known := did_you_mean(name.upper(), VARIABLES, cutoff=0.85):
+            yield f"the variable {name} is unknown to the scaler: did you mean {known}?"
 
 
-# ---------------------------------------------------------------------------------- decision
+SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclass
+class Log:
+    """Lines on standard output, for people or as JSON objects in the terms of Cloud Logging. Each
+    names the Deployment, as far as it is known; `once` are the notes that a run has written."""
+
+    output: Output
+    clock: Clock
+    namespace: str | None = None
+    deployment: str | None = None
+    waiting_since: bool = False
+    once: set[str] = field(default_factory=set)
+
+    def debug(self, message: Callable[[], str]) -> None:
+        if self.output.log_level == "DEBUG":
+            self.line("DEBUG", message())
+
+    def line(self, severity: str, message: str) -> None:
+        if SEVERITIES.index(severity) >= SEVERITIES.index(self.output.log_level):
+            self.write(severity, f": {message}", {})
+
+    def write(self, severity: str, message: str, record: Mapping[str, Any]) -> None:
+        """One line, whatever the level."""
+        target = "/".join(filter(None, (self.namespace, self.deployment)))
+        when = write_time(self.clock())
+        message = scrub(f"AutoScaler {target}".rstrip() + message)
+        line = f"{when} {severity} {message}"
+        if self.output.log_format == "json":
+            names = {"namespace": self.namespace, "deployment": self.deployment}
+            entry = {"time": when, **names, **record, "severity": severity, "message": message}
+            line = json.dumps(entry, ensure_ascii=False)
+        # A line that cannot be written is lost; it does not keep the run from its work.
+        with suppress(OSError, ValueError):
+            print(line, flush=True)
+
+
+# ------------------------------------------------------------------------------- annotations
+
+ANNOTATION = "queue-scaler/"
+LAST_SCALE_TIME = ANNOTATION + "last-scale-time"
+LAST_SCALE = ANNOTATION + "last-scale"
+RECOMMENDATIONS = ANNOTATION + "recommendations"
+FAILING_SINCE = ANNOTATION + "queue-failing-since"
+LEASE = ANNOTATION + "scale-down-lease"
+PAUSED = ANNOTATION + "paused"
+PAUSED_REPLICAS = ANNOTATION + "paused-replicas"
+PAUSED_SCALE_IN = ANNOTATION + "paused-scale-in"
+PAUSED_SCALE_OUT = ANNOTATION + "paused-scale-out"
+PAUSED_UNTIL = ANNOTATION + "paused-until"
+PAUSES = (PAUSED, PAUSED_REPLICAS, PAUSED_SCALE_IN, PAUSED_SCALE_OUT)
 
 Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
-Hold = tuple[Reason, str]  # why the replicas stay, and the end of the sentence that says so
-BUSY_COST = INT32_MAX
 
 
-@dataclass(frozen=True)
-class QueueLength:
-    """What was read of the queue, in jobs. `busy` is None where nobody asked."""
-
-    waiting: int
-    capped: bool = False
-    busy: int | None = None
-
-    def __str__(self) -> str:
-        waiting = f"{self.waiting} or more" if self.capped else str(self.waiting)
-        jobs = "job" if waiting == "1" else "jobs"
-        return f"{waiting} {jobs} waiting" + ("" if self.busy is None else f", {self.busy} busy")
-
-
-@dataclass(frozen=True)
-class Pod:
-    """A live pod. `deletion_rank` orders pods as the ReplicaSet controller does before it looks at
-    deletion costs: those that sort first are removed first."""
-
-    name: str
-    owner: str
-    deletion_rank: tuple[bool, int, bool]
-    deletion_cost: int
-
-
-def pods(number: int) -> str:
-    return "1 pod" if number == 1 else f"{number} pods"
-
-
-def read_time(value: str) -> datetime:
-    """A time as a person types it: RFC 3339 with any offset and fraction, or Unix seconds.
-
-    One without an offset counts as UTC. Eight digits are a date, as in 20260101. Raises ValueError.
-    """
-    try:
-        if re.fullmatch(r"\s*\d{9,}(\.\d+)?\s*", value):
-            return datetime.fromtimestamp(float(value), UTC)
-        when = datetime.fromisoformat(value.strip().upper())
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError, OSError):
-        raise ValueError("not a time such as 2026-01-01T00:00:00Z or 1767225600") from None
-
-
-def write_time(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def whole_second(when: datetime) -> datetime:
+    """The next whole second: annotations hold no fractions, and no delay may end early."""
+    return when + timedelta(microseconds=-when.microsecond % 1_000_000)
 
 
 def read_history(value: str) -> tuple[Recommendation, ...]:
     """The inverse of `write_history`. Raises ValueError."""
     if not re.fullmatch(r"\s*(\d{1,12}:\d{1,10}\s+)*\d{1,12}:\d{1,10}\s*", value):
-        raise ValueError("not a history such as '1767225600:3 1767225660:1', so it starts afresh")
+        raise ValueError(
+            "not a history such as '1767225600:3 1767225660:1': the window starts over"
+        )
     pairs = (word.split(":") for word in value.split())
     return tuple((int(at), int(replicas)) for at, replicas in pairs)
 
@@ -482,29 +672,60 @@ def write_history(entries: Iterable[Recommendation]) -> str | None:
 def read_pause(value: str) -> bool:
     word = value.strip().lower()
     if word not in ("true", "t", "1", "false", "f", "0"):
-        raise ValueError("not true or false: it holds")
+        raise ValueError("not true or false: counts as true")
     return word in ("true", "t", "1")
 
 
-def annotation(parse: Parser, default: Any = None) -> Any:
-    """A field of State, read from our annotation of the same name."""
-    return field(default=default, metadata={"parse": parse})
+@dataclass(frozen=True)
+class Lease:
+    """Which run may set deletion costs: until when, the cost it sets, and the run's own token."""
+
+    until: datetime
+    cost: int
+    token: str
+
+    def __str__(self) -> str:
+        return f"{write_time(self.until)} {self.cost} {self.token}"
+
+
+def read_lease(value: str) -> Lease:
+    found = re.fullmatch(r"\s*(\S+) (-?\d{1,10}) ([0-9a-f]+)\s*", value)
+    if not found:
+        raise ValueError("not a lease of a run: counts as absent")
+    return Lease(read_time(found[1]), int(found[2]), found[3])
+
+
+READERS: Mapping[str, Parser] = {
+    LAST_SCALE_TIME: read_time,
+    LAST_SCALE: lambda value: value.strip().partition(" ")[0],
+    RECOMMENDATIONS: read_history,
+    FAILING_SINCE: read_time,
+    LEASE: read_lease,
+    PAUSED_UNTIL: read_time,
+    PAUSED: read_pause,
+    PAUSED_REPLICAS: replica_count,
+    PAUSED_SCALE_IN: read_pause,
+    PAUSED_SCALE_OUT: read_pause,
+}
 
 
 @dataclass(frozen=True)
 class State:
     """What the Deployment's annotations say. `last_scale` is the direction, if it is "up" or
-    "down". `warnings` names each value that does not count."""
+    "down"; `expired` are paused-until and the pauses that it has ended, to be removed; `warnings`
+    name each value that is not applied."""
 
-    last_scale_time: datetime | None = annotation(read_time)
-    last_scale: str | None = annotation(lambda value: value.strip().partition(" ")[0])
-    recommendations: tuple[Recommendation, ...] = annotation(read_history, ())
-    queue_failing_since: datetime | None = annotation(read_time)
-    paused_until: datetime | None = annotation(read_time)  # read before the pauses that it ends
-    paused: bool = annotation(read_pause, False)
-    paused_scale_in: bool = annotation(read_pause, False)
-    paused_scale_out: bool = annotation(read_pause, False)
-    paused_replicas: int | None = annotation(replica_count)
+    last_scale_time: datetime | None = None
+    last_scale: str | None = None
+    recommendations: tuple[Recommendation, ...] = ()
+    queue_failing_since: datetime | None = None
+    scale_down_lease: Lease | None = None
+    paused_until: datetime | None = None
+    paused: bool = False
+    paused_scale_in: bool = False
+    paused_scale_out: bool = False
+    paused_replicas: int | None = None
+    expired: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -516,65 +737,118 @@ def parse_state(
     annotations: Mapping[str, str],
     settings: Settings,
     now: datetime,
-    rolled_back: frozenset[str] = frozenset(),
+    restored: frozenset[str] = frozenset(),
 ) -> State:
-    """Read our annotations. A value that cannot be read is warned about and counts as absent,
-    but for a pause: whoever wrote one wanted to pause (KEDA reads it so, too).
+    """Read our annotations: parse them, end what has expired, drop what a rollback restored.
 
-    `rolled_back` are those that a `kubectl rollout undo` put back: they are not carried out. A
-    pause among them holds, with the number of pods that is there.
+    A value that cannot be parsed counts as absent, with a warning, except for a pause: whoever
+    wrote one wanted to pause (KEDA reads it so, too). `restored` are those that a rollback brought
+    back: they are not applied, and a pause among them holds the current number.
     """
-    cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
-    latest = now + timedelta(seconds=max(cooldowns))
-    found: dict[str, Any] = {}
-    warnings = []
-    for item in fields(State):
-        name, parse = ANNOTATION + item.name.replace("_", "-"), item.metadata.get("parse")
-        over = name in PAUSES and "paused_until" in found and now >= found["paused_until"]
-        if over or parse is None or name not in annotations:
-            continue
-        value = annotations[name]
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for name in READERS.keys() & annotations.keys():
         try:
-            if name in rolled_back:
-                holds = "a pause holds" if parse is read_pause else "is not carried out"
-                advice = "; delete it, and set it again if it is meant" if name in PAUSES else ""
-                raise ValueError(f"came back with a kubectl rollout undo, and {holds}{advice}")
-            parsed = parse(value)
-            if name in (LAST_SCALE_TIME, FAILING_SINCE) and parsed > latest:
-                raise ValueError("further ahead than the longest cooldown, so it counts as absent")
-            found[item.name] = parsed
+            values[name] = READERS[name](annotations[name])
         except ValueError as error:
-            warnings.append(f"{name}={quoted(value)}: {error}")
-            if name in PAUSES:
-                found["paused" if name == PAUSED_REPLICAS else item.name] = True
-    return State(**found, warnings=tuple(warnings))
+            problems[name] = str(error)
+    cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
+    latest = now + timedelta(seconds=max(cooldowns) + 1)  # one second for `whole_second`
+    for name in (LAST_SCALE_TIME, FAILING_SINCE):
+        if name in values and values[name] > latest:
+            problems[name] = "further ahead than the longest cooldown: counts as absent"
+    for name in restored & READERS.keys() & annotations.keys():
+        applied = (
+            "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
+        )
+        problems[name] = (
+            f"restored by a rollback: {applied}; delete it, or set it again if intended"
+        )
+    until = values.get(PAUSED_UNTIL) if PAUSED_UNTIL not in problems else None
+    expired: tuple[str, ...] = ()
+    if until and now >= until:
+        ended = [name for name in PAUSES if name in annotations and name not in restored]
+        expired = (PAUSED_UNTIL, *ended)
+    given = {name: values[name] for name in values.keys() - problems.keys() - set(expired)}
+    for name in PAUSES:
+        if name in problems and name not in expired and values.get(name) is not False:
+            given[PAUSED if name == PAUSED_REPLICAS else name] = True
+    warnings = [f"{name}={quoted(annotations[name])}: {problems[name]}" for name in problems]
+    for name in annotations:
+        if name.startswith(ANNOTATION) and name not in READERS:
+            likely = did_you_mean(name, READERS, cutoff=0.6)
+            meant = f"did you mean {likely}?" if likely else "delete it"
+            warnings.append(f"the annotation {name} is unknown to the scaler: {meant}")
+    named = {name.removeprefix(ANNOTATION).replace("-", "_"): v for name, v in given.items()}
+    return State(**named, expired=expired, warnings=tuple(sorted(warnings)))
+
+
+# ---------------------------------------------------------------------------------- decision
+
+
+@dataclass(frozen=True)
+class QueueLength:
+    """What was read of the queue, in jobs. `busy` is None if it was not read; so is
+    `oldest_seconds`, how long the oldest waiting job has waited."""
+
+    waiting: int
+    capped: bool = False
+    busy: int | None = None
+    oldest_seconds: float | None = None
+
+    def __str__(self) -> str:
+        waiting = f"{self.waiting} or more" if self.capped else str(self.waiting)
+        text = f"{waiting} {'job' if waiting == '1' else 'jobs'} waiting"
+        if self.oldest_seconds is not None:
+            text += (
+                f"{'' if waiting == '1' else ', the oldest'} for {duration(self.oldest_seconds)}"
+            )
+        return text + ("" if self.busy is None else f", {self.busy} busy")
+
+
+@dataclass(frozen=True)
+class Removable:
+    """How many replicas can go without hitting a busy pod, and why no more can."""
+
+    pods: int
+    because: str = ""
 
 
 @dataclass(frozen=True)
 class Inputs:
     """All that a decision rests on.
 
-    `current` is spec.replicas, in pods; `own_zero` whether a 0 there was set by this scaler.
-    `busy_floor` is the least number of pods that costs no busy one, None where it was not read,
-    and `busy_because` says why nothing can go.
+    `current` is spec.replicas, in pods; `own_zero` whether a 0 there was set by this scaler. What
+    was not read is None.
     """
 
     now: datetime
     current: int
     state: State = State()
     queue: QueueLength | None = None
-    busy_floor: int | None = None
-    busy_because: str = ""
+    removable: Removable | None = None
     own_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule makes of a number of pods: another number or, with a reason, to keep the current
+    one. `wait`: seconds until the delay that holds it back ends."""
+
+    replicas: int
+    reason: Reason | None = None
+    because: str = ""
+    wait: float | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
     """How many replicas the Deployment gets and why; with names and times, the result record.
 
-    `replicas` is None where nobody knows what the Deployment has now, `desired` (the
-    recommendation within the range) and `queue` where the queue was not read. `annotations` are
-    those to write: None removes one, and those not named stay as they are.
+    `replicas` is None if it is not known what the Deployment has now, `desired` (the
+    recommendation within the range) and `queue` if the queue was not read. `annotations` are those
+    to write: None removes one, and those not named stay as they are. `advice` says what to do,
+    `wait` is the number of seconds until a delay ends.
     """
 
     replicas: int | None
@@ -585,118 +859,140 @@ class Decision:
     queue: QueueLength | None = None
     annotations: Mapping[str, str | None] = field(default_factory=dict)
     exit_code: int = 0
+    advice: str = ""
     warnings: tuple[str, ...] = ()
+    wait: float | None = None
 
     @property
     def change(self) -> int:
-        """Pods added, or removed where it is below 0."""
+        """Pods added, or removed if it is below 0."""
         if self.replicas is None or self.current is None:
             return 0
         return self.replicas - self.current
 
 
+def pods(number: int) -> str:
+    return "1 pod" if number == 1 else f"{number} pods"
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((7200, "h"), (120, "min")):
+        if seconds >= size:
+            return f"{int(seconds / {'h': 3600, 'min': 60}[unit])} {unit}"
+    return f"{int(seconds)} s"
+
+
 def decide(settings: Settings, inputs: Inputs) -> Decision:
     """The rules of the scaler, in their order. Pure: no I/O, no clock.
 
-    | rule                                                    | function                        |
-    |---------------------------------------------------------|---------------------------------|
-    | 1 a person's pause, number to hold, or paused direction | `paused`, `paused_direction`    |
-    | 2 switched off: 0 replicas that this scaler did not set | `switched_off`                  |
-    | 3 outside the range: back into it at once               | `out_of_range`                  |
-    | 4 the recommendation: pods for the jobs, in the range   | `recommend`                     |
-    | 5 stabilization windows, as the HPA has them            | `stabilize`                     |
-    | 6 at most one step                                      | `limit_step`                    |
-    | 7 a scale-down leaves the busy pods                     | `leave_busy_pods`               |
-    | 8 cooldowns since the last scale                        | `cool_down`                     |
+    | rule                                                   | function                        |
+    |--------------------------------------------------------|---------------------------------|
+    | 1 paused, paused-replicas, or a paused direction       | `paused`, `paused_direction`    |
+    | 2 disabled: 0 replicas that this scaler did not set    | `scaling_disabled`              |
+    | 3 outside the range: back into it immediately          | `out_of_range`                  |
+    | 4 the recommendation: pods for the jobs, in the range  | `recommend`                     |
+    | 5 stabilization windows, as in the HPA                 | `stabilize`                     |
+    | 6 at most one step                                     | `limit_step`                    |
+    | 7 a scale-down removes idle pods only                  | `spare_busy_pods`               |
+    | 8 cooldowns since the last rescale                     | `cool_down`                     |
 
-    Rules 1 to 3 decide alone, and need no queue; rule 3 obeys a paused direction and rule 7. Rules
-    4 to 8 follow the queue: each of 5 to 8 takes the number of the one before and gives another
-    one, or a reason to hold. `without_queue` stands in for them while the queue cannot be read.
+    Rules 1 to 3 decide alone and need no queue; rule 3 respects a paused direction and rule 7.
+    Rules 4 to 8 follow the queue: each of 5 to 8 takes the number of the one before and returns
+    another one, or a reason to hold. `without_queue` replaces them while the queue is unreadable.
     """
     return override(settings, inputs) or follow_queue(settings, inputs)
 
 
 def override(settings: Settings, inputs: Inputs) -> Decision | None:
-    """Rules 1 to 3. None where the queue decides."""
-    rules = (paused, switched_off, out_of_range)
+    """Rules 1 to 3. None if the queue decides."""
+    rules = (paused, scaling_disabled, out_of_range)
     return next((found for rule in rules if (found := rule(settings, inputs))), None)
 
 
-def conclude(inputs: Inputs, ruling: int | Hold, reason: Reason, why: str) -> Decision:
-    """The decision for a number of pods with its reason, or for a hold with the hold's own."""
-    number, current, because = ruling, inputs.current, ""
-    if not isinstance(number, int):
-        (reason, because), number = number, current
-    done = f"stays at {pods(current)}{because}"
+def conclude(inputs: Inputs, verdict: Verdict, reason: Reason, why: str) -> Decision:
+    """The decision for a number of pods, with its reason unless the verdict has one to hold."""
+    number, current, state = verdict.replicas, inputs.current, inputs.state
+    done = f"stays at {pods(current)}{verdict.because}"
     if number != current:
         done = f"scaled {'up' if number > current else 'down'} from {current} to {pods(number)}"
-    # Failures of the queue count in a row: a look that does without it breaks the row.
-    kept = {FAILING_SINCE: None}
-    return Decision(number, reason, f"{why}; {done}", current, None, inputs.queue, kept)
+    # Failures of the queue are counted in a row, which a look that does without it ends.
+    annotations: dict[str, str | None] = {FAILING_SINCE: None, **dict.fromkeys(state.expired)}
+    if state.expired:
+        names = ", ".join(state.expired)
+        why = f"the pause has expired, {names} removed; {why}"
+    return Decision(
+        number,
+        verdict.reason or reason,
+        f"{why}; {done}",
+        current,
+        queue=inputs.queue,
+        annotations=annotations,
+        wait=verdict.wait,
+    )
 
 
 def paused(settings: Settings, inputs: Inputs) -> Decision | None:
     """Rule 1, the forms that hold a number."""
     state = inputs.state
     if state.paused:
-        return conclude(inputs, inputs.current, "Paused", f"paused by annotation{state.until}")
+        why = f"paused by annotation{state.until}"
+        return conclude(inputs, Verdict(inputs.current), "Paused", why)
     if state.paused_replicas is not None:
-        why = f"{PAUSED_REPLICAS} orders {pods(state.paused_replicas)}{state.until}"
-        return conclude(inputs, state.paused_replicas, "Paused", why)
+        why = f"{PAUSED_REPLICAS}={state.paused_replicas}{state.until}"
+        return conclude(inputs, Verdict(state.paused_replicas), "Paused", why)
     return None
 
 
-def switched_off(settings: Settings, inputs: Inputs) -> Decision | None:
-    """Rule 2. Where MIN_REPLICAS is 0, a 0 is a number like any other, in scheduled hours, too."""
+def scaling_disabled(settings: Settings, inputs: Inputs) -> Decision | None:
+    """Rule 2. With MIN_REPLICAS=0 a 0 is a number like any other, in scheduled hours, too."""
     if inputs.current > 0 or settings.min_replicas == 0 or inputs.own_zero:
         return None
-    why = f"somebody set 0 replicas although MIN_REPLICAS={settings.min_replicas}"
-    off: Hold = ("ScalingDisabled", ", switched off until somebody scales it to 1 or more")
-    return conclude(inputs, off, "ScalingDisabled", why)
+    why = f"scaled to 0 externally despite MIN_REPLICAS={settings.min_replicas}"
+    held = Verdict(0, "ScalingDisabled", ", disabled until someone scales it to 1 or more")
+    return conclude(inputs, held, "ScalingDisabled", why)
 
 
 def out_of_range(settings: Settings, inputs: Inputs) -> Decision | None:
-    """Rule 3: back into the range at once, as the HPA does it; busy pods stay protected."""
+    """Rule 3: back into the range immediately, as the HPA does; busy pods stay protected."""
     reason: Reason = "TooFewReplicas"
     bound, limit = settings.minimum(inputs.now)
+    where = "below"
     if inputs.current > settings.max_replicas:
-        bound, reason = settings.max_replicas, "TooManyReplicas"
+        bound, reason, where = settings.max_replicas, "TooManyReplicas", "above"
         limit = f"MAX_REPLICAS={bound}"
     elif inputs.current >= bound:
         return None
-    ruling = apply_rules((paused_direction, leave_busy_pods), settings, inputs, bound)
-    return conclude(inputs, ruling, reason, f"{pods(inputs.current)} where {limit}")
+    verdict = apply_rules((paused_direction, spare_busy_pods), settings, inputs, bound)
+    return conclude(inputs, verdict, reason, f"{pods(inputs.current)}, {where} {limit}")
 
 
 def follow_queue(settings: Settings, inputs: Inputs) -> Decision:
     """Rules 4 to 8, and what the stabilization windows have to remember of them."""
     desired, why = recommend(settings, inputs)
-    ruling: int | Hold = ("AtTarget", "")
+    verdict = Verdict(desired, "AtTarget")
     if desired != inputs.current:
-        rules = (paused_direction, stabilize, limit_step, leave_busy_pods, cool_down)
-        ruling = apply_rules(rules, settings, inputs, desired)
+        rules = (paused_direction, stabilize, limit_step, spare_busy_pods, cool_down)
+        verdict = apply_rules(rules, settings, inputs, desired)
     reason: Reason = "ScaledUp" if desired > inputs.current else "ScaledDown"
-    decision = conclude(inputs, ruling, reason, why)
+    decision = conclude(inputs, verdict, reason, why)
     history = None
-    if isinstance(paused_direction(settings, inputs, desired), int):
+    if not paused_direction(settings, inputs, desired).reason:
         history = write_history(new_history(settings, inputs, desired, decision.change))
     annotations = {**decision.annotations, RECOMMENDATIONS: history}
     return replace(decision, desired=desired, annotations=annotations)
 
 
-Rule = Callable[[Settings, Inputs, int], "int | Hold"]
+Rule = Callable[[Settings, Inputs, int], Verdict]
 
 
-def apply_rules(
-    rules: Sequence[Rule], settings: Settings, inputs: Inputs, target: int
-) -> int | Hold:
+def apply_rules(rules: Sequence[Rule], settings: Settings, inputs: Inputs, target: int) -> Verdict:
     """One rule after another, each on the number of the one before; the first hold ends it."""
+    verdict = Verdict(target)
     for rule in rules:
-        ruling = rule(settings, inputs, target)
-        if not isinstance(ruling, int):
-            return ruling
-        target = ruling
-    return target
+        verdict = rule(settings, inputs, verdict.replicas)
+        if verdict.reason:
+            break
+    return verdict
 
 
 def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
@@ -713,20 +1009,20 @@ def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     return desired, f"{queue}: {pods(desired)} wanted{bound}"
 
 
-def disabled(up: bool, until: str = "") -> Hold:
-    """A direction that is switched off."""
-    because = f", as scale-{'up' if up else 'down'} is switched off{until}"
-    return ("ScaleUpDisabled" if up else "ScaleDownDisabled"), because
+def disabled(inputs: Inputs, up: bool, until: str = "") -> Verdict:
+    """A direction in which nothing happens."""
+    because = f", as scale-{'up' if up else 'down'} is disabled{until}"
+    return Verdict(inputs.current, "ScaleUpDisabled" if up else "ScaleDownDisabled", because)
 
 
-def paused_direction(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
-    """Rule 1, the forms that switch a direction off."""
+def paused_direction(settings: Settings, inputs: Inputs, target: int) -> Verdict:
+    """Rule 1, the forms that disable a direction."""
     state, up = inputs.state, target > inputs.current
-    off = state.paused_scale_out if up else state.paused_scale_in
-    return disabled(up, state.until) if off else target
+    off = target != inputs.current and (state.paused_scale_out if up else state.paused_scale_in)
+    return disabled(inputs, up, state.until) if off else Verdict(target)
 
 
-def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+def stabilize(settings: Settings, inputs: Inputs, target: int) -> Verdict:
     """Rule 5: the lowest recommendation of the scale-up window, the highest of the scale-down
     window, as the HPA controller's `stabilizeRecommendationWithBehaviors` has it."""
     current, up = inputs.current, target > inputs.current
@@ -737,12 +1033,12 @@ def stabilize(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
     numbers = [target, *(replicas for _, replicas in entries)]
     stable = max(current, min(numbers)) if up else min(current, max(numbers))
     if stable != current:
-        return stable
+        return Verdict(stable)
     newest = max(at for at, n in entries if (n <= current if up else n >= current))
-    left = newest + window - int(inputs.now.timestamp())
+    wait = newest + window - inputs.now.timestamp()
     variable = f"SCALE_{'UP' if up else 'DOWN'}_STABILIZATION_SECONDS"
-    because = f" for {left} s more ({variable}={window})"
-    return ("ScaleUpStabilized" if up else "ScaleDownStabilized"), because
+    because = f" for {math.ceil(wait)} s more ({variable}={window})"
+    return Verdict(current, "ScaleUpStabilized" if up else "ScaleDownStabilized", because, wait)
 
 
 # Looks at most this far apart, in seconds, are in a row: one run a minute, and one that is missed.
@@ -750,201 +1046,360 @@ IN_A_ROW_SECONDS = 150
 
 
 def within_window(inputs: Inputs, window: int) -> set[Recommendation]:
-    """The past recommendations inside a window, in seconds; one exactly as old lies outside.
+    """The past recommendations inside a window, in seconds; one exactly as old is outside.
 
-    Where there are none, the recommendation up to now was the current number, as in the HPA
-    controller's `recordInitialRecommendation`. Where looks are always further apart than the
-    window is long, there are none as a rule, and that would hold for ever: the HPA then goes by
-    the newest recommendation alone, and so does this. A history from a clock ahead of ours counts
-    as of now, so that it cannot hold for longer than its window.
+    Without any, the recommendation so far is the current number, as in the HPA controller's
+    `recordInitialRecommendation`. If looks are always further apart than the window is long, there
+    usually are none, and that would hold for ever: the HPA then follows the newest recommendation
+    alone, and so does this. A history from a clock ahead of ours counts as of now, so that it
+    cannot hold for longer than its window.
     """
-    now = int(inputs.now.timestamp())
-    entries = {(min(at, now), replicas) for at, replicas in inputs.state.recommendations}
+    now = inputs.now.timestamp()
+    entries = {(min(at, math.ceil(now)), n) for at, n in inputs.state.recommendations}
     inside = {(at, replicas) for at, replicas in entries if at > now - window}
     times = sorted({at for at, _ in entries})
     usual_gap = times[-1] - times[-2] if len(times) > 1 else 0
     in_a_row = times and now - times[-1] <= max(IN_A_ROW_SECONDS, 2 * usual_gap)
-    return inside if inside or in_a_row or window == 0 else {(now, inputs.current)}
+    return inside if inside or in_a_row or window == 0 else {(math.ceil(now), inputs.current)}
 
 
 def new_history(
     settings: Settings, inputs: Inputs, desired: int, change: int
 ) -> set[Recommendation]:
     """What the windows have to remember, with this look's recommendation: nothing at rest, as
-    starting afresh could only make them hold from one look later."""
+    starting over could only make them hold from one look later."""
     up = settings.scale_up_stabilization_seconds
     down = settings.scale_down_stabilization_seconds
     replicas = inputs.current + change
     if (desired >= replicas or not down) and (desired <= replicas or not up):
         return set()
-    now = int(inputs.now.timestamp())
+    now = math.ceil(inputs.now.timestamp())
     before = max((at for at, _ in inputs.state.recommendations if at < now), default=None)
     last_look = {entry for entry in inputs.state.recommendations if entry[0] == before}
     windows = within_window(inputs, up) | within_window(inputs, down)
     return {*last_look, *windows, (now, desired)}
 
 
-def limit_step(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
+def limit_step(settings: Settings, inputs: Inputs, target: int) -> Verdict:
     """Rule 6: at most one step towards the target, and at least one pod of it. The percentages
     are rounded in floating point because the HPA controller's are."""
     current, up = inputs.current, target > inputs.current
     limit = settings.scale_up_step if up else settings.scale_down_step
     if limit is None:
-        return target
+        return Verdict(target)
     size = int(limit.rstrip("%"))
     if size == 0:
-        return disabled(up)
+        return disabled(inputs, up)
     if up:
         most = math.ceil(current * (1 + size / 100)) if "%" in limit else current + size
-        return min(target, max(most, current + 1))
+        return Verdict(min(target, max(most, current + 1)))
     least = int(current * (1 - size / 100)) if "%" in limit else current - size
-    return max(target, least)
+    return Verdict(max(target, least))
 
 
-def leave_busy_pods(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
-    """Rule 7: a scale-down never goes below the number of pods that costs no busy one."""
-    if target > inputs.current or inputs.busy_floor is None:
-        return target
-    if inputs.busy_floor >= inputs.current:
-        return "WorkersBusy", inputs.busy_because
-    return max(target, inputs.busy_floor)
+def spare_busy_pods(settings: Settings, inputs: Inputs, target: int) -> Verdict:
+    """Rule 7: a scale-down goes only as far as it hits no busy pod."""
+    removable, current = inputs.removable, inputs.current
+    if target > current or removable is None:
+        return Verdict(target)
+    if removable.pods <= 0:
+        return Verdict(current, "WorkersBusy", removable.because)
+    return Verdict(max(target, current - removable.pods))
 
 
-def busy_floor(live: Sequence[Pod], busy: set[str]) -> tuple[int, str]:
-    """The least number of replicas at which the controllers remove idle pods only, once each busy
-    pod has the highest deletion cost; and why nothing can go where that is all of them.
-
-    The ReplicaSet controller takes pods that are unassigned, pending or not ready before it
-    compares deletion costs, so an idle pod is a safe victim only if it comes before the first
-    busy one in the whole order. During a rollout the Deployment controller shares a scale-in
-    between the ReplicaSets in proportion to their sizes, and no mark can steer it: nothing is
-    removed then.
-    """
-    ranks = [(pod.deletion_rank, BUSY_COST) for pod in live if pod.name in busy]
-    if not ranks:
-        return 0, ""
-    if len({pod.owner for pod in live}) > 1:
-        return INT32_MAX, f", as a rollout is going on with {pods(len(ranks))} busy"
-    idle = [(pod.deletion_rank, pod.deletion_cost) for pod in live if pod.name not in busy]
-    safe = sum(rank < min(ranks) for rank in idle)
-    return len(live) - safe, ", as removing one would cost a busy one"
-
-
-def cool_down(settings: Settings, inputs: Inputs, target: int) -> int | Hold:
-    """Rule 8: a scale-up waits after a scale-up, a scale-down after any scale. If the direction
+def cool_down(settings: Settings, inputs: Inputs, target: int) -> Verdict:
+    """Rule 8: a scale-up waits after a scale-up, a scale-down after any rescale. If the direction
     of the last one is unknown, both wait."""
     last, up = inputs.state.last_scale_time, target > inputs.current
     if last is None or (up and inputs.state.last_scale == "down"):
-        return target
+        return Verdict(target)
     cooldown = settings.scale_up_cooldown_seconds if up else settings.scale_down_cooldown_seconds
-    left = math.ceil(cooldown - (inputs.now - last).total_seconds())
-    if left <= 0:
-        return target
+    wait = cooldown - (inputs.now - last).total_seconds()
+    if wait <= 0:
+        return Verdict(target)
     variable = f"SCALE_{'UP' if up else 'DOWN'}_COOLDOWN_SECONDS"
-    because = f" for {left} s more ({variable}={cooldown} since {write_time(last)})"
-    return ("ScaleUpCooldown" if up else "ScaleDownCooldown"), because
+    because = f" for {math.ceil(wait)} s more ({variable}={cooldown} since {write_time(last)})"
+    reason: Reason = "ScaleUpCooldown" if up else "ScaleDownCooldown"
+    return Verdict(inputs.current, reason, because, wait)
 
 
 def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> Decision:
     """What an unreadable queue leads to: the replicas stay, or after a while go up to the
-    fallback. They never go down, and the fallback does not act against a person's number."""
-    current, fallback = inputs.current, settings.fallback_replicas
-    stays, ordered = f"{problem}; stays at {pods(current)}", inputs.state.paused_replicas
-    held = Decision(current, problem.reason, stays, current, exit_code=problem.exit_code)
+    fallback. They never go down, and the fallback does not act against paused-replicas."""
+    current, fallback, state = inputs.current, settings.fallback_replicas, inputs.state
+    stays = f"{problem}; stays at {pods(current)}"
+    expired: dict[str, str | None] = dict.fromkeys(state.expired)
+    held = Decision(
+        current,
+        problem.reason,
+        stays,
+        current,
+        annotations=expired,
+        exit_code=problem.exit_code,
+        advice=problem.advice,
+    )
     if override(settings, inputs):
-        waits = "" if ordered is None else f"; {PAUSED_REPLICAS}={ordered} waits"
-        because = ", as busy pods cannot be told from idle ones"
-        return replace(held, message=f"{stays}{because}{waits}")
+        waits = f"; {PAUSED_REPLICAS}={state.paused_replicas} waits"
+        waits = "" if state.paused_replicas is None else waits
+        return replace(held, message=f"{stays}, as it is unknown which pods are busy{waits}")
     if fallback is None:
         return held
-    since = inputs.state.queue_failing_since
+    since = state.queue_failing_since
     if since is None:
-        since = inputs.now
-        held = replace(held, annotations={FAILING_SINCE: write_time(since)})
-    left = math.ceil(settings.fallback_after_seconds - (inputs.now - since).total_seconds())
-    if left > 0:
-        return replace(held, message=f"{stays}, and falls back to {fallback} in {left} s")
-    ruling: int | Hold = current
+        since = whole_second(inputs.now)
+        held = replace(held, annotations={**expired, FAILING_SINCE: write_time(since)})
+    wait = settings.fallback_after_seconds - (inputs.now - since).total_seconds()
+    if wait > 0:
+        message = f"{stays}, and falls back to {fallback} in {math.ceil(wait)} s"
+        return replace(held, message=message, wait=wait)
+    verdict = Verdict(current)
     if fallback > current:
-        ruling = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
-    if not isinstance(ruling, int):
-        return replace(held, reason=ruling[0], message=stays + ruling[1])
-    why = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}"
-    found = conclude(inputs, max(current, fallback), "Fallback", why)
-    return replace(held, replicas=found.replicas, reason="Fallback", message=found.message)
+        verdict = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
+    if verdict.reason:
+        return replace(held, reason=verdict.reason, message=stays + verdict.because)
+    done = f"stays at {pods(current)}"
+    if verdict.replicas != current:
+        done = f"scaled up from {current} to {pods(verdict.replicas)}"
+    message = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}; {done}"
+    return replace(held, replicas=verdict.replicas, reason="Fallback", message=message)
 
 
-# --------------------------------------------------------------- one run: its time, its report
+def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | None]:
+    """What a decision that changes the replicas writes beside them, and in the same patch."""
+    if not decision.change:
+        return {}
+    verb = "up" if decision.change > 0 else "down"
+    return {
+        LAST_SCALE_TIME: write_time(whole_second(now)),
+        LAST_SCALE: f"{verb} {decision.current}->{decision.replicas}",
+    }
 
-RECORD_BYTES = 4095  # the kubelet keeps less than 4,096
-DEFAULT_TERMINATION_LOG = "/dev/termination-log"
-SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR")
-SECRETS = re.compile(
-    r"(?is)\bbearer\s+[^\s\"',;]+|-----BEGIN.*?(?:-----END[^-]*-----|\Z)|\beyJ[\w-]+\.[\w.-]+"
-)
+
+# ----------------------------------------------------------------------------------- removal
+
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+MARKS_BEGAN = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-@dataclass
-class Run:
-    """One run: where it comes from, how far it has come, and what has been told of it.
+@dataclass(frozen=True)
+class Pod:
+    """A live pod of the Deployment.
 
-    `started` is on the monotonic clock, in seconds. Of the present look, `current` is the number
-    of pods that it has read; `in_doubt` is true while a patch may or may not have reached the
-    Deployment; `done` is what it has done already, whatever fails after that. `resting` is true
-    between two looks. Whoever reports holds `reporting`.
+    `version` is its resourceVersion, `owner` its ReplicaSet's UID. `rank` sorts pods as the
+    ReplicaSet controller does before it looks at deletion costs: the lowest goes first.
+    `own_cost`: the deletion cost was set by a run of this scaler.
     """
 
-    environ: Mapping[str, str]
-    clock: Callable[[], datetime]
-    started: float = field(default_factory=time.monotonic)
-    interval: int | None = None
-    namespace: str | None = None
-    deadline: float = 0.0
-    call_seconds: float = 0.0
-    stage: str = "reading the settings"
-    stage_reason: Reason = "ClusterUnavailable"
-    current: int | None = None
-    in_doubt: bool = False
-    done: Decision | None = None
-    looks: int = 0
-    last: Decision | None = None
-    last_scale: Decision | None = None
-    resting: bool = False
-    exit_code: int | None = None
-    reporting: threading.Lock = field(default_factory=threading.Lock)
+    name: str
+    uid: str
+    version: str
+    owner: str
+    node: str
+    rank: tuple[bool, int, bool]
+    cost: int = 0
+    own_cost: bool = False
 
-    def __post_init__(self) -> None:
-        # A value that is not accepted is reported with the other settings, as by default.
-        words = {name: value.strip().upper() for name, value in self.environ.items()}
-        level = words.get("LOG_LEVEL")
-        self.severities = SEVERITIES[SEVERITIES.index(level if level in SEVERITIES else "INFO") :]
-        self.as_json = words.get("LOG_FORMAT") == "JSON"
-        self.dry_run = words.get("DRY_RUN") == "TRUE"
-        self.begun = self.clock()
 
-    def now(self) -> datetime:
-        """The beginning of the run plus whole seconds since: most looks have one time only, and
-        do not miss the end of a cooldown by how long an import takes."""
-        passed = int((self.clock() - self.begun).total_seconds())
-        return self.begun + timedelta(seconds=max(0, passed))
+@dataclass(frozen=True)
+class ReplicaSet:
+    """One that the Deployment controls, and the number of pods that it wants."""
 
-    def begin_look(self, end: float) -> None:
-        """A look ends with the run or, where others follow, after an interval; but one has 5 s.
-        One call gets a third of it, so that one that is never answered can be tried again."""
-        now = time.monotonic()
-        if self.interval is not None:
-            end = min(end, now + max(5, self.interval))
-        self.deadline, self.call_seconds = end, min(10.0, (end - now) / 3)
-        self.current, self.in_doubt, self.done = None, False, None
+    uid: str
+    replicas: int
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The live pods of the Deployment. `unsettled` says why a scale-down could not be steered now,
+    or is empty; `removing` whether a ReplicaSet still has pods to remove, so that no deletion cost
+    may change."""
+
+    pods: tuple[Pod, ...]
+    unsettled: str = ""
+    removing: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [pod.name for pod in self.pods]
+
+    @property
+    def marked(self) -> list[Pod]:
+        """Pods whose deletion cost a run has set, and that are still here: its scale-down did not
+        come to its end. A cost above 0 is one of 0.2.0's, which harms nothing."""
+        return [pod for pod in self.pods if pod.own_cost and pod.cost < 0]
+
+
+def make_fleet(
+    replicas: int, observed: bool, sets: Sequence[ReplicaSet], live: Iterable[Pod]
+) -> Fleet:
+    """The Deployment's own pods among those that its selector finds.
+
+    `replicas` is the Deployment's number, `observed` whether its controller has seen the last
+    change. The controller shares a scale-down among the ReplicaSets that want pods, in proportion
+    to their sizes and even if one of them has none, so that no deletion cost could steer it.
+    """
+    own = {one.uid: one.replicas for one in sets}
+    mine = tuple(pod for pod in live if pod.owner in own)
+    present = Counter(pod.owner for pod in mine)
+    removing = any(present[uid] > wanted for uid, wanted in own.items())
+    unsettled = ""
+    if sum(wanted > 0 for wanted in own.values()) > 1:
+        unsettled = "a rollout is in progress"
+    elif not observed or sum(own.values()) != replicas:
+        unsettled = "the Deployment controller has not applied the last change yet"
+    elif removing:
+        unsettled = "the last scale-down has not finished yet"
+    return Fleet(mine, unsettled, removing or not observed)
+
+
+def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None) -> Removable:
+    """How many of `current` replicas can go so that the controllers remove idle pods only.
+
+    The ReplicaSet controller removes pods that are unassigned, pending or not ready before it
+    compares deletion costs, so an idle pod is a safe victim only if it comes before the first busy
+    one in the whole order. With `cost`, each idle pod could still be given that deletion cost;
+    without, the costs are what they are.
+    """
+    ranks = [(pod.rank, pod.cost) for pod in fleet.pods if pod.name in busy]
+    if not ranks:
+        return Removable(current)
+    if fleet.unsettled:
+        return Removable(0, f", as {fleet.unsettled} with {pods(len(ranks))} busy")
+    idle = [pod for pod in fleet.pods if pod.name not in busy]
+    safe = sum((pod.rank, pod.cost if cost is None else cost) < min(ranks) for pod in idle)
+    # Replicas without a pod go before any pod does.
+    missing = max(0, current - len(fleet.pods))
+    return Removable(safe + missing, ", as removing one would hit a busy pod")
+
+
+def choose_victims(live: Sequence[Pod], busy: Iterable[str], count: int) -> list[Pod]:
+    """The idle pods to remove: first those that the ReplicaSet controller removes first whatever
+    they cost, then those on the nodes with the fewest busy pods and, of these, with the fewest
+    pods to remove, so that whole nodes become free."""
+    held = set(busy)
+    busy_on = Counter(pod.node for pod in live if pod.name in held)
+    idle = [pod for pod in live if pod.name not in held]
+    idle_on = Counter(pod.node for pod in idle)
+
+    def order(pod: Pod) -> tuple[Any, ...]:
+        return pod.rank, busy_on[pod.node], idle_on[pod.node], pod.node, pod.name
+
+    return sorted(idle, key=order)[: max(0, count)]
+
+
+def victim_cost(now: datetime, live: Iterable[Pod], lease: Lease | None) -> int:
+    """A deletion cost lower than any that is there, and lower than any that an earlier run, however
+    late, may still set: it falls with time."""
+    lowest = -int((now - MARKS_BEGAN).total_seconds())
+    there = [pod.cost for pod in live] + ([lease.cost] if lease else [])
+    return max(INT32_MIN, min([lowest, -1, *(cost - 1 for cost in there)]))
+
+
+@dataclass(frozen=True)
+class BusyPods:
+    """Which live pods hold a busy job, how many such jobs there are, and what is odd about them.
+    `inexact`: some name their pod in another form than by its name; `incomplete`: and there are
+    more of them than were read."""
+
+    names: frozenset[str] = frozenset()
+    jobs: int = 0
+    inexact: bool = False
+    incomplete: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name: str) -> BusyPods:
+    """Match busy jobs, each its document's path and the value of the field `name`, with pods.
+
+    People store a pod's name in many forms. Each in which it can be recognized counts: whoever
+    holds a job must not be removed for its spelling.
+    """
+    exact = {pod.name for pod in live}
+    forms = {form.lower(): pod.name for pod in live for form in (pod.name, pod.uid)}
+    # A worker with hostNetwork stores its node's name; which of the node's pods it is, is unknown.
+    nodes: dict[str, set[str]] = {}
+    for pod in live:
+        nodes.setdefault(pod.node.lower(), set()).add(pod.name)
+    busy: set[str] = set()
+    count = 0
+    odd: list[str] = []
+    unknown: list[str] = []
+    for path, value in jobs:
+        if isinstance(value, str) and value in exact:
+            found = {value}
+        elif found := set().union(*(recognize(text, forms, nodes) for text in texts(value))):
+            odd.append(f"{quoted(value)} in {path} counts as {', '.join(sorted(found))}")
+        else:
+            unknown.append(f"{quoted(value)} in {path}")
+        busy |= found
+        count += bool(found)
+    warnings = []
+    if odd:
+        warnings.append(
+            f"{name} should hold the plain name of a pod, but {odd[0]} ({len(odd)} such busy "
+            "jobs, not all of them counted as busy); store metadata.name from the downward API"
+        )
+    if unknown:
+        warnings.append(
+            f"{len(unknown)} busy {'job names' if len(unknown) == 1 else 'jobs name'} no live pod "
+            f"of the Deployment, such as {name}={unknown[0]}, and protect none; if that worker is "
+            "gone, return the job to the queue"
+        )
+    return BusyPods(frozenset(busy), count, bool(odd), warnings=tuple(warnings))
+
+
+def texts(value: object) -> Iterator[str]:
+    """All text inside a field's value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from texts(one)
+    elif value is not None:
+        path = getattr(value, "path", value)  # a document reference
+        yield str(path).strip().lower()
+
+
+def recognize(text: str, forms: Mapping[str, str], nodes: Mapping[str, set[str]]) -> set[str]:
+    """The pods that a text names: as a whole, or as a part of it, such as in `namespace/pod` or a
+    host name with its domain."""
+    if text in forms:
+        return {forms[text]}
+    return (
+        nodes.get(text, set())
+        if text in nodes and text
+        else {name for form, name in forms.items() if form in text}
+    )
+
+
+# ---------------------------------------------------------------------------------- deadline
+
+DELAY_SECONDS = 15  # a delay that ends within this is waited for
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time of one look: when it ends, on the monotonic clock, and how long one call may take,
+    in seconds. `run_end` is when the run has to be over."""
+
+    end: float
+    call_seconds: float
+    run_end: float
 
     def left(self, reserve: bool = False) -> float:
         """Seconds until the look's deadline. The queue, and reading again, keep the time of one
         call in reserve for what comes after, such as the patch of a fallback."""
-        return max(0.0, self.deadline - time.monotonic() - (self.call_seconds if reserve else 0))
+        return max(0.0, self.end - time.monotonic() - (self.call_seconds if reserve else 0))
 
     def for_call(self, reserve: bool = False) -> float:
         """Seconds for one call. Never 0, which the clients would read as no limit."""
         return max(0.05, min(self.call_seconds, self.left(reserve)))
+
+    def overslept(self) -> float:
+        """Seconds since the run should have ended, if it is well past that: the watchdog would
+        have ended it, so that the whole process was suspended."""
+        late = time.monotonic() - self.run_end
+        return late if late > 1 else 0.0
 
     def retrying(self, flag: str, reserve: bool = False) -> Retrying:
         """Tries again after failures with that flag, while the next try still begins before the
@@ -957,117 +1412,73 @@ class Run:
         stop = tenacity.stop_before_delay(self.left(reserve))
         return tenacity.Retrying(retry=again, wait=pause, stop=stop, reraise=True)
 
-    def enter(self, stage: str, reason: Reason) -> None:
-        """Say what the run is about to wait for, and the reason it ends with if that fails."""
-        self.stage, self.stage_reason = stage, reason
 
-    def break_off(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
-        """What a look that ends early comes to: what it has done, or else that nothing changes."""
+def look_deadline(run_end: float, margin: float, interval: int | None) -> Deadline:
+    """A look ends with the run, a margin earlier, or, if others follow, after an interval; but it
+    has at least 5 s. One call gets a third of it, so that one without a response can be retried."""
+    now, end = time.monotonic(), run_end - margin
+    if interval is not None:
+        end = min(end, now + max(5, interval))
+    return Deadline(end, max(0.05, min(10.0, (end - now) / 3)), run_end)
+
+
+@dataclass
+class Progress:
+    """How far a look has come, for whoever has to report it if it ends early.
+
+    `current` is the number of pods it has read; `in_doubt` is true while a patch may or may not
+    have been applied; `done` is what it has already done, whatever fails after that.
+    """
+
+    deadline: Deadline
+    stage: str = "reading the settings"
+    reason: Reason = "ClusterUnavailable"
+    current: int | None = None
+    in_doubt: bool = False
+    done: Decision | None = None
+
+    def enter(self, stage: str, reason: Reason) -> None:
+        """What the look is about to wait for, and the reason to end with if that fails."""
+        self.stage, self.reason = stage, reason
+        if late := self.deadline.overslept():
+            raise Failure("Interrupted", suspended(late), exit_code=INTERRUPTED)
+
+    def abort(self, why: str, reason: Reason | None = None, exit_code: int = 1) -> Decision:
+        """The decision of a look that ends early: what it has done, or else no change."""
         if self.done:
             return self.done
         if self.in_doubt:
-            why += "; whether the patch arrived is not known, the next look will see"
+            why += "; not known whether the patch was applied, the next look will check"
         elif self.current is not None:
             why += f"; stays at {pods(self.current)}"
         replicas = None if self.in_doubt else self.current
-        reason = reason or self.stage_reason
-        return Decision(replicas, reason, why, self.current, exit_code=exit_code)
-
-    def log(self, severity: str, message: str, record: Mapping[str, Any] | None = None) -> None:
-        """One line, for people or as a JSON object in the terms of Cloud Logging."""
-        if severity not in self.severities:
-            return
-        when, message = write_time(self.clock()), scrub(f"AutoScaler {message}")
-        line = f"{when} {severity} {message}"
-        if self.as_json:
-            entry = {"time": when, **(record or {}), "severity": severity, "message": message}
-            line = json.dumps(entry, ensure_ascii=False)
-        # A line that cannot be written is lost; it does not keep the run from its work.
-        with suppress(OSError, ValueError):
-            print(line, flush=True)
-
-    def tell(self, decision: Decision) -> None:
-        """Note how a look ended, and log its line where it has something new to say."""
-        scales, before = decision.change != 0 and not self.dry_run, self.last
-        self.looks, self.last = self.looks + 1, decision
-        self.last_scale = decision if scales else self.last_scale
-        told = before and replace(
-            before, message=decision.message, annotations=decision.annotations
-        )
-        if told == decision and not scales:
-            return
-        for warning in decision.warnings:
-            self.log("WARNING", warning)
-        record = self.record(decision)
-        target = "/".join(filter(None, (record["namespace"], record["deployment"])))
-        line = f"{target} {decision.reason}: {decision.message}".strip()
-        self.log({0: "INFO", 1: "WARNING"}.get(decision.exit_code, "ERROR"), line, record)
-
-    def record(self, decision: Decision) -> dict[str, Any]:
-        """The result record of a decision."""
-        queue, change = decision.queue, decision.change
-        # As they were set, right or wrong.
-        names = [self.environ.get(variable) for variable in ("NAMESPACE", "DEPLOYMENT")]
-        namespace, deployment = (name and one_line(name, 253) for name in names)
-        record = {
-            "time": write_time(self.now()),
-            "namespace": self.namespace or namespace,
-            "deployment": deployment,
-            "waiting": queue.waiting if queue else None,
-            "waitingCapped": bool(queue and queue.capped),
-            "busy": queue.busy if queue else None,
-            "current": decision.current,
-            "desired": decision.desired,
-            "replicas": decision.current if self.dry_run else decision.replicas,
-            "action": "scale-up" if change > 0 else "scale-down" if change < 0 else "none",
-            "reason": decision.reason,
-            "message": scrub(decision.message),
-            "dryRun": self.dry_run,
-            "durationSeconds": round(time.monotonic() - self.started, 3),
-        }
-        return record if self.interval is None else {**record, "looks": self.looks}
-
-    def end(self, why: str = "") -> int:
-        """Write the result record: the last look's if that failed, else the last one's that
-        scaled, else the last one's. Returns the exit code."""
-        assert self.last is not None, "a run has a look"
-        told = self.last if self.last.exit_code else self.last_scale or self.last
-        record = self.record(replace(told, message=told.message + why))
-        path = Path(self.environ.get("TERMINATION_LOG") or DEFAULT_TERMINATION_LOG)
-        try:
-            if str(path) != DEFAULT_TERMINATION_LOG or path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(encode_record(record))
-        except OSError as error:
-            self.log("WARNING", f"the result record was not written: {error}")
-        return self.last.exit_code
+        return Decision(replicas, reason or self.reason, why, self.current, exit_code=exit_code)
 
 
-def encode_record(record: dict[str, Any]) -> bytes:
-    """JSON of no more than RECORD_BYTES; the message gives way."""
-    while True:
-        data = json.dumps(record, ensure_ascii=False).encode(errors="replace")
-        message = record["message"]
-        if len(data) <= RECORD_BYTES or not message:
-            return data
-        record = {**record, "message": message[: len(message) * 3 // 4]}
+INTERRUPTED = 128 + signal.SIGTERM
 
 
-def scrub(message: str) -> str:
-    """Without tokens and keys, which errors of libraries and answers of proxies may quote."""
-    return SECRETS.sub("[removed]", message)
+def suspended(late: float) -> str:
+    return f"the process was suspended until {late:.0f} s past its time; the next run looks again"
 
 
-def one_line(text: object, most: int = 1200) -> str:
-    """An error of a library, or a name, in one line of so many characters at most."""
-    line = " ".join(scrub(str(text)).encode(errors="replace").decode().split())
-    line = line or type(text).__name__
-    return line if len(line) <= most else line[: most - 3] + "..."
+def concurrently(action: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """The results in the order of the items. The first failure is raised once what has begun has
+    ended; the rest is not begun."""
+    if len(items) < 2:
+        return [action(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(CONCURRENT_CALLS, len(items))) as pool:
+        return list(pool.map(action, items))
+
+
+CONCURRENT_CALLS = 8
 
 
 # ------------------------------------------------------------------------------------- queue
 
-# By gRPC status code: what gets better by itself, and what to do where nothing does.
+# By gRPC status code: what gets better without help, and what to do about what does not.
 TRANSIENT_CODES = frozenset(
     ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CANCELLED"]
 )
@@ -1076,162 +1487,380 @@ ADVICE = {
     "PERMISSION_DENIED": "grant the scaler's Google account the IAM role roles/datastore.viewer",
     "NOT_FOUND": "check FIRESTORE_PROJECT and FIRESTORE_DATABASE",
     "INVALID_ARGUMENT": "check QUEUE_COLLECTION, WAITING_FILTER, BUSY_FILTER and BUSY_POD_FIELD",
-    "FAILED_PRECONDITION": "if an index is missing, create it with the link above",
+    "FAILED_PRECONDITION": "check FIRESTORE_DATABASE and the filters",
 }
-IN_VALUES = 30  # the most that Firestore takes in an `in`
+METADATA = "Google's metadata server did not respond while looking for credentials"
 
 
-def queue_failure(doing: str, error: Exception) -> QueueFailure:
+def queue_failure(doing: str, error: Exception, advice: str = "") -> QueueFailure:
     """The failure that an error of the Firestore client stands for."""
     code = getattr(getattr(error, "grpc_status_code", None), "name", type(error).__name__)
-    message = f"Firestore failed while {doing}: {code}: {one_line(error)}"
-    if code in ADVICE:
-        denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
-        reason: Reason = "Forbidden" if denied else "QueueUnavailable"
-        return QueueFailure(reason, f"{message}; {ADVICE[code]}", exit_code=2)
-    return QueueFailure("QueueUnavailable", message, transient=code in TRANSIENT_CODES)
+    text = one_line(error)
+    message = f"Firestore failed while {doing}: {code}: {text}"
+    if code not in ADVICE:
+        if "metadata.google.internal" in text or "computeMetadata" in text:
+            advice = "Google's metadata server did not respond: the next run tries again"
+        transient = code in TRANSIENT_CODES
+        return QueueFailure("QueueUnavailable", message, advice=advice, transient=transient)
+    denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+    advice = ADVICE[code]
+    if code == "FAILED_PRECONDITION" and "https://" in text:
+        advice = "create the index with the link above"
+    elif "datastore mode" in text.lower():
+        advice = "set FIRESTORE_DATABASE to a database in native mode: the scaler reads no other"
+    reason: Reason = "Forbidden" if denied else "QueueUnavailable"
+    return QueueFailure(reason, message, advice=advice, exit_code=2)
 
 
-class JobQueue:
-    """The Firestore collection that holds the jobs. Its client is opened when it is first asked
-    something, so that nothing of Google's is waited for before the Deployment was read. Every
-    public method raises QueueFailure."""
+def proxy_advice(environ: Mapping[str, str]) -> str:
+    """gRPC reads the proxy's variables in lower case only."""
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        lower = ("grpc_proxy", "https_proxy", "http_proxy")
+        if environ.get(name) and not any(environ.get(one) for one in lower):
+            return f"{name} is set, but gRPC reads only https_proxy, in lower case: set that, too"
+    return ""
 
-    def __init__(self, settings: Settings, run: Run) -> None:
-        self._settings, self._run = settings, run
+
+class Firestore:
+    """Google's client, opened on first use, so that no call to Google delays reading the
+    Deployment. It is kept from look to look."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._settings, self.environ = settings, environ
         self._opening: Future[Client] | None = None
 
-    def count(self, pod_names: Sequence[str] | None) -> QueueLength:
-        """Count the waiting jobs and, given the live pods' names, right after it their busy jobs:
-        a job claimed between the two counts twice, which costs no pod."""
-        limit = self._settings.count_limit
+    def client(self, progress: Progress) -> Client:
+        """Raises QueueFailure."""
+        retrying = progress.deadline.retrying("transient", reserve=True)
+        return retrying(lambda: self._open(progress))
 
-        def read(query: Any, **call: Any) -> int:
-            results = query.limit(limit).count(alias="jobs").get(**call)
-            # The client gives a count of zero as 0.0.
-            counts = [int(row.value) for rows in results for row in rows if row.value >= 0]
-            if len(counts) != 1:
-                problem = f"Firestore gave no usable count while {self._run.stage}"
-                raise QueueFailure("QueueUnavailable", problem, transient=False)
-            return counts[0]
-
-        waiting = self._ask("counting waiting jobs", read, self._settings.waiting_filter)
-        if pod_names is None:
-            return QueueLength(waiting, waiting >= limit)
-        batches = self._busy_filters(pod_names)
-        busy = sum(self._ask("counting busy jobs", read, batch) for batch in batches)
-        return QueueLength(waiting, waiting >= limit, busy)
-
-    def busy_pods(self, pod_names: Sequence[str]) -> set[str]:
-        """Which of these pods hold a busy job."""
-        name, doing = self._settings.busy_pod_field, "reading which pods are busy"
-
-        def read(query: Any, **call: Any) -> set[str]:
-            return {str(job.get(name)) for job in query.select([name]).stream(**call)}
-
-        batches = self._busy_filters(pod_names)
-        return {pod for batch in batches for pod in self._ask(doing, read, batch)}
-
-    def _busy_filters(self, pod_names: Sequence[str]) -> Iterator[list[Filter]]:
-        """The filters for as many pods as Firestore takes in an `in`, whose limit is on the product
-        of it and of the lists in BUSY_FILTER."""
-        conditions = self._settings.busy_filter or ()
-        lists = [len(v) for _, op, v in conditions if op in ("in", "array_contains_any")]
-        batch = max(1, IN_VALUES // math.prod(lists))
-        for start in range(0, len(pod_names), batch):
-            names = list(pod_names[start : start + batch])
-            yield [*conditions, (self._settings.busy_pod_field, "in", names)]
-
-    def _ask(self, doing: str, read: Callable[..., T], conditions: Sequence[Filter]) -> T:
-        """Put a question, with retries. tenacity's are the ones with a deadline, so the client's
-        own are switched off: not by None, which its streams take for an object when an answer
-        breaks off."""
-        # Before the first count, and not between the two, which belong to one moment.
-        client, path = self._client(), self._settings.queue_collection
-        from google.api_core.exceptions import GoogleAPIError
-        from google.api_core.retry import Retry, if_exception_type
-        from google.auth.exceptions import GoogleAuthError
-        from google.cloud.firestore import FieldFilter
-
-        by_group = self._settings.queue_collection_group
-        query: Any = client.collection_group(path) if by_group else client.collection(path)
-        for name, op, value in conditions:
-            query = query.where(filter=FieldFilter(name, op, value))
-        never = Retry(predicate=if_exception_type())
-
-        def once() -> T:
-            self._run.enter(doing, "QueueUnavailable")
-            started = time.monotonic()
-            try:
-                answer = read(query, retry=never, timeout=self._run.for_call(reserve=True))
-            except (GoogleAPIError, GoogleAuthError) as error:
-                raise queue_failure(doing, error) from error
-            took = time.monotonic() - started
-            self._run.log("DEBUG", f"{doing} took {took:.3f} s: {answer}")
-            return answer
-
-        return self._run.retrying("transient", reserve=True)(once)
-
-    def _client(self) -> Client:
-        """The client, from a thread of its own: looking for credentials asks Google's metadata
-        server, which may accept and never answer, and no timeout covers that."""
+    def _open(self, progress: Progress) -> Client:
+        """In a thread of its own: looking for credentials asks Google's metadata server, which may
+        accept and never respond, and no timeout covers that."""
         from concurrent.futures import ThreadPoolExecutor
 
+        progress.enter("looking for Google credentials", "QueueUnavailable")
         if self._opening is None:
-            self._run.enter("looking for Google credentials", "QueueUnavailable")
-            self._opening = ThreadPoolExecutor(1).submit(open_firestore, self._settings)
+            opener = ThreadPoolExecutor(1)
+            self._opening = opener.submit(open_firestore, self._settings, self.environ)
         try:
-            return self._opening.result(self._run.left(reserve=True))
+            return self._opening.result(progress.deadline.left(reserve=True))
         except TimeoutError:
-            problem = "Google's metadata server did not answer while looking for credentials"
-            raise QueueFailure("QueueUnavailable", problem) from None
+            raise QueueFailure("QueueUnavailable", METADATA, transient=False) from None
         except QueueFailure:
-            self._opening = None  # for the next look
+            self._opening = None  # for the next try
             raise
 
 
-def open_firestore(settings: Settings) -> Client:
-    """Raises QueueFailure where there are no usable Google credentials."""
+def open_firestore(settings: Settings, environ: Mapping[str, str]) -> Client:
+    """Raises QueueFailure if there are no usable Google credentials: a transient one if a metadata
+    server may still come up, as on GKE in the first seconds of a pod."""
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.firestore import Client
 
+    project = settings.firestore_project
+    if project:
+        # Otherwise Google's library looks the credentials' project up, which may hang.
+        os.environ.setdefault("GOOGLE_CLOUD_PROJECT", project)
     try:
-        return Client(settings.firestore_project, database=settings.firestore_database)
+        return Client(project, database=settings.firestore_database)
     except (GoogleAuthError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        # All of these come out of the library for a damaged key file. Without its text, which
-        # quotes what it was given: at times a private key.
+        expected = any(name.startswith("GCE_METADATA_") for name in environ)
+        expected |= "KUBERNETES_SERVICE_HOST" in environ
+        configured = environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+        if expected and not configured and environ.get("NO_GCE_CHECK") != "true":
+            advice = (
+                "the next run tries again; outside Google Cloud set "
+                "GOOGLE_APPLICATION_CREDENTIALS to a key file"
+            )
+            raise QueueFailure("QueueUnavailable", METADATA, advice=advice) from error
+        # Without the library's text, which quotes what it was given: at times a private key.
         problem = (
             "no usable Google credentials or project for Firestore: looked for "
             "GOOGLE_APPLICATION_CREDENTIALS (the path of a file), gcloud's login, Workload "
             f"Identity, FIRESTORE_PROJECT ({type(error).__name__})"
         )
-        raise QueueFailure("Forbidden", problem, exit_code=2) from error
+        advice = "set one of them"
+        raise QueueFailure("Forbidden", problem, advice=advice, exit_code=2) from error
+
+
+class JobQueue:
+    """The Firestore collections that hold the jobs, as one look at `now` sees them. Every public
+    method raises QueueFailure."""
+
+    def __init__(
+        self, settings: Settings, firestore: Firestore, progress: Progress, now: datetime, log: Log
+    ) -> None:
+        self._settings, self._firestore, self._progress = settings, firestore, progress
+        self._now, self._log = now, log
+
+    def count(self, pod_names: Sequence[str] | None) -> tuple[QueueLength, tuple[str, ...]]:
+        """Count the waiting jobs and, given the live pods' names, right after them their busy
+        jobs: a job claimed in between counts twice, which removes no pod. And warnings."""
+        settings = self._settings
+        limit = settings.count_limit
+
+        def read(query: Any, **call: Any) -> int:
+            results = query.limit(limit).count(alias="jobs").get(**call)
+            # The client returns a count of zero as 0.0.
+            counts = [int(row.value) for rows in results for row in rows if row.value >= 0]
+            if len(counts) != 1:
+                problem = f"Firestore returned no usable count while {self._progress.stage}"
+                raise QueueFailure("QueueUnavailable", problem, transient=False)
+            return counts[0]
+
+        waiting = self._ask_all("counting waiting jobs", read, [settings.waiting_filter])
+        busy: int | None = None
+        if pod_names is not None:
+            batches = list(self._batches(pod_names))
+            busy = sum(self._ask_all("counting busy jobs", read, [*batches]))
+        warnings: list[str] = []
+        if not sum(waiting):
+            warnings += unmatched_times("WAITING_FILTER", settings.waiting_filter)
+        if busy == 0 and pod_names:
+            warnings += unmatched_times("BUSY_FILTER", settings.busy_filter or ())
+        oldest = None
+        if sum(waiting) and settings.waiting_since_field:
+            oldest, problem = self._oldest_seconds(settings.waiting_since_field)
+            warnings += [problem] if problem else []
+        capped = any(count >= limit for count in waiting)
+        return QueueLength(sum(waiting), capped, busy, oldest), tuple(warnings)
+
+    def _oldest_seconds(self, name: str) -> tuple[float | None, str]:
+        """How long the oldest waiting job has waited, or why that is unknown. One try: the rest of
+        the look does not depend on it."""
+
+        def read(query: Any, **call: Any) -> list[object]:
+            first = query.order_by(name).limit(1).select([name])
+            return [job.get(name) for job in first.stream(**call)]
+
+        doing = "reading the oldest waiting job"
+        try:
+            asked = self._ask_all(doing, read, [self._settings.waiting_filter], retry=False)
+        except QueueFailure as failure:
+            advice = f"; {failure.advice}" if failure.advice else ""
+            return None, f"WAITING_SINCE_FIELD={name} was not read: {failure}{advice}"
+        ages = []
+        for value in (value for found in asked for value in found):
+            try:
+                ages.append((self._now - waiting_since(value)).total_seconds())
+            except ValueError:
+                return None, (
+                    f"WAITING_SINCE_FIELD={name} is no time in the job that sorts first: "
+                    f"{quoted(value)}; store a timestamp"
+                )
+        if not ages:
+            return None, f"WAITING_SINCE_FIELD={name}: no waiting job has that field"
+        return max(0.0, *ages), ""
+
+    def unknown_field(self) -> str:
+        """Which field of WAITING_FILTER no document has, as far as one cheap read tells: a wrong
+        collection or field would count 0 jobs for ever. "" if it has one, or nobody knows."""
+        settings = self._settings
+        names = [name for each in settings.waiting_filter for name, _, _ in each]
+        if not names or settings.queue_collection_group:  # a group has no index for it as a rule
+            return ""
+
+        def read(query: Any, **call: Any) -> bool:
+            return any(True for _ in query.order_by(names[0]).limit(1).select([]).stream(**call))
+
+        try:
+            if any(self._ask_all("looking for a field", read, [()], retry=False)):
+                return ""
+        except QueueFailure:
+            return ""
+        where = " or ".join(f"`{path}`" for path in settings.queue_collection)
+        return (
+            f"no document in {where} has the field `{names[0]}`: if the queue is not just empty, "
+            "check QUEUE_COLLECTION and WAITING_FILTER"
+        )
+
+    def busy_pods(self, live: Sequence[Pod]) -> BusyPods:
+        """Which of these pods hold a busy job, whatever pod the busy jobs name.
+
+        Raises a Failure if busy jobs exist and none has BUSY_POD_FIELD: nothing is known then.
+        """
+        settings = self._settings
+        name = settings.busy_pod_field
+        limit = max(1000, 2 * len(live))
+        missing = object()
+
+        def read(query: Any, **call: Any) -> list[tuple[str, object]]:
+            def value(job: Any) -> object:
+                try:
+                    return job.get(name)
+                except KeyError:
+                    return missing
+
+            rows = query.limit(limit).select([name]).stream(**call)
+            return [(job.reference.path, value(job)) for job in rows]
+
+        doing = "reading which pods are busy"
+        conditions = settings.busy_filter or ()
+        asked = self._ask_all(doing, read, [conditions])
+        jobs = [job for found in asked for job in found]
+        if jobs and all(value is missing for _, value in jobs):
+            self._blame_pod_field(live, len(jobs), conditions)
+        jobs = [(path, None if value is missing else value) for path, value in jobs]
+        found = find_busy_pods(live, jobs, name)
+        if any(len(one) >= limit for one in asked):
+            # There are more busy jobs than were read, so that those of the pods are read by name.
+            batches = list(self._batches([pod.name for pod in live]))
+            named = [job for one in self._ask_all(doing, read, batches) for job in one]
+            exact = find_busy_pods(live, named, name)
+            names, jobs_found = found.names | exact.names, max(found.jobs, exact.jobs)
+            return replace(found, names=names, jobs=jobs_found, incomplete=found.inexact)
+        return found
+
+    def _blame_pod_field(self, live: Sequence[Pod], count: int, conditions: Filter) -> NoReturn:
+        """Name a field that the busy jobs do have, best the one that holds a pod's name."""
+
+        def read(query: Any, **call: Any) -> list[dict[str, object]]:
+            return [job.to_dict() or {} for job in query.limit(1).stream(**call)]
+
+        asked = self._ask_all("reading a busy job", read, [conditions])
+        document = next((job for found in asked for job in found), {})
+        names = sorted(
+            document,
+            key=lambda name: (not find_busy_pods(live, [("", document[name])], name).names, name),
+        )
+        shown = ", ".join(f"`{name}`" for name in names[:5]) or "no field at all"
+        name = self._settings.busy_pod_field
+        many = "the busy job has" if count == 1 else f"none of {count} busy jobs has"
+        no = "no" if count == 1 else "a"
+        raise Failure(
+            "InvalidSettings",
+            f"{many} {no} field `{name}` (BUSY_POD_FIELD), so that it is unknown which pods are "
+            f"busy",
+            advice=f"set BUSY_POD_FIELD to the field with the pod's name; a busy job has {shown}",
+            exit_code=2,
+        )
+
+    def _batches(self, pod_names: Sequence[str]) -> Iterator[Filter]:
+        """The filters for as many pods as Firestore takes in an `in`, whose limit is on the product
+        of it and of the alternatives and lists in BUSY_FILTER."""
+        alternatives = self._settings.busy_filter or ()
+        size = max(1, DISJUNCTIONS // disjunctions(alternatives))
+        for start in range(0, len(pod_names), size):
+            names = list(pod_names[start : start + size])
+            yield tuple(
+                (*each, (self._settings.busy_pod_field, "in", names)) for each in alternatives
+            )
+
+    def _ask_all(
+        self, doing: str, read: Callable[..., T], conditions: Sequence[Filter], retry: bool = True
+    ) -> list[T]:
+        """Ask each of the collections each of the filters, several at a time."""
+        client = self._firestore.client(self._progress)
+        paths = self._settings.queue_collection
+        questions = [(path, one) for path in paths for one in conditions]
+        again = self._progress.deadline.retrying("transient", reserve=True)
+
+        def ask(question: tuple[str, Filter]) -> T:
+            query = self._query(client, *question)
+            return again(self._ask, doing, read, query) if retry else self._ask(doing, read, query)
+
+        return concurrently(ask, questions)
+
+    def _query(self, client: Client, path: str, alternatives: Filter) -> Any:
+        from google.cloud.firestore import And, FieldFilter, Or
+
+        by_group = self._settings.queue_collection_group
+        query: Any = client.collection_group(path) if by_group else client.collection(path)
+        each = [
+            [FieldFilter(name, op, self._resolve(client, value)) for name, op, value in conditions]
+            for conditions in alternatives
+        ]
+        if len(each) > 1:
+            return query.where(filter=Or([And([*conditions]) for conditions in each]))
+        for condition in each[0] if each else ():
+            query = query.where(filter=condition)
+        return query
+
+    def _resolve(self, client: Client, value: Any) -> Any:
+        """A filter's value as the client takes it."""
+        if isinstance(value, RelativeTime):
+            return self._now + value.offset
+        if isinstance(value, Reference):
+            return client.document(value.path)
+        if isinstance(value, list):
+            return [self._resolve(client, one) for one in value]
+        if isinstance(value, dict):
+            return {key: self._resolve(client, one) for key, one in value.items()}
+        return value
+
+    def _ask(self, doing: str, read: Callable[..., T], query: Any) -> T:
+        """One try. tenacity's retries are the ones with a deadline, so the client's own are
+        disabled: not by None, which its streams take for an object when a response breaks off."""
+        from google.api_core.exceptions import GoogleAPIError
+        from google.api_core.retry import Retry, if_exception_type
+        from google.auth.exceptions import GoogleAuthError
+
+        never = Retry(predicate=if_exception_type())
+        self._progress.enter(doing, "QueueUnavailable")
+        started = time.monotonic()
+        try:
+            timeout = self._progress.deadline.for_call(reserve=True)
+            answer = read(query, retry=never, timeout=timeout)
+        except (GoogleAPIError, GoogleAuthError) as error:
+            raise queue_failure(doing, error, proxy_advice(self._firestore.environ)) from error
+        self._log.debug(lambda: f"{doing} took {time.monotonic() - started:.3f} s: {answer}")
+        return answer
+
+
+def waiting_since(value: object) -> datetime:
+    """The time in a job's field. Raises ValueError."""
+    if isinstance(value, datetime):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value / 1000 if value > 1e11 else value)  # JavaScript's are milliseconds
+    if isinstance(value, str):
+        return read_time(value)
+    raise ValueError("not a time")
+
+
+def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
+    """Firestore compares values of one type only, so that text never orders with a timestamp."""
+    for name, op, value in (condition for each in alternatives for condition in each):
+        if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
+            yield (
+                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
+                f"which no timestamp matches; if {name} is a timestamp, write "
+                '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
+            )
 
 
 # ----------------------------------------------------------------------------------- cluster
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-NOT_ALLOWED = (
-    "; is DEPLOYMENT={name} written as in the Role? If so, the Role in namespace {namespace} has "
-    "to allow {verb} on {resource} (rbac.yaml), and a RoleBinding there has to name this account"
-)
-# All the calls that this script makes: method, resource, and the verb that a Role has for it.
-CALLS = {
+PAGE = 500
+# All requests of this script: method, resource, and the verb that a Role has for it.
+REQUESTS = {
     "reading the Deployment": ("GET", "deployments", "get"),
     "patching the Deployment": ("PATCH", "deployments", "patch"),
+    "listing the ReplicaSets": ("GET", "replicasets", "list"),
     "listing the pods": ("GET", "pods", "list"),
-    "marking pods": ("PATCH", "pods", "patch"),
+    "setting a pod's deletion cost": ("PATCH", "pods", "patch"),
     "writing the Event": ("POST", "events", "create"),
+}
+ROLE = "the Role in namespace {namespace} must allow {verb} on {resource} (rbac.yaml), and a "
+ROLE += "RoleBinding there must name this account"
+NOT_ALLOWED = {
+    "deployments": "if DEPLOYMENT={name} is spelled as in the Role, " + ROLE,
+    "replicasets": "BUSY_FILTER needs a rule that 0.2.0 did not: " + ROLE,
+    "pods": "BUSY_FILTER needs it: " + ROLE,
+    "events": ROLE,
 }
 # What an HTTP status means: the reason, the exit code and what to do. One that is not here counts
 # as 400 or, from 500 on, as 500.
 REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
     400: ("ClusterUnavailable", 2, ""),
-    401: ("Forbidden", 2, "; the credentials of the scaler are missing or expired"),
-    403: ("Forbidden", 2, NOT_ALLOWED),
-    404: ("DeploymentNotFound", 2, "; check DEPLOYMENT and NAMESPACE"),
+    401: ("Forbidden", 2, "the credentials of the scaler are missing or expired: renew them"),
+    403: ("Forbidden", 2, ""),
+    404: ("DeploymentNotFound", 2, "check DEPLOYMENT and NAMESPACE"),
     408: ("ClusterUnavailable", 1, ""),
     409: ("ClusterUnavailable", 1, ""),
+    410: ("ClusterUnavailable", 1, ""),  # a page of a list that was compacted meanwhile
     422: ("Forbidden", 2, ""),  # an admission policy, or a number that the API does not take
     429: ("ClusterUnavailable", 1, ""),
     500: ("ClusterUnavailable", 1, ""),
@@ -1240,39 +1869,45 @@ REFUSALS: Mapping[int, tuple[Reason, int, str]] = {
 
 @dataclass(frozen=True)
 class Deployment:
-    """What one GET of the Deployment tells.
+    """What one GET of the Deployment says.
 
-    `rolled_back` are those of our annotations that a `kubectl rollout undo` put back,
-    `replicas_owners` the entries of managedFields that own spec.replicas.
+    `observed` is whether its controller has seen this generation; `restored` are those of our
+    annotations that a rollback brought back; `replicas_owners` the entries of managedFields that
+    own spec.replicas.
     """
 
     uid: str
     resource_version: str
+    generation: int
+    observed: bool
     replicas: int
     annotations: Mapping[str, str]
     selector: str
-    rolled_back: frozenset[str]
+    restored: frozenset[str]
     replicas_owners: Sequence[Mapping[str, Any]]
 
 
 def expect(kind: type[T], found: Any) -> T:
-    """A part of an answer that is of this kind. Raises ValueError where it is not."""
+    """A part of a response that is of this kind. Raises ValueError if it is not."""
     if not isinstance(found, kind):
         raise ValueError(f"expected {kind.__name__}, not {quoted(found)}")
     return found
 
 
 def parse_deployment(answer: Any) -> Deployment:
-    """Raises what reading a dict wrong raises where the answer is not what the API has."""
-    metadata, spec = answer["metadata"], answer["spec"]
+    """Raises what reading a dict wrongly raises if the response is not what the API has."""
+    metadata, spec, status = answer["metadata"], answer["spec"], answer.get("status") or {}
     annotations, managed = metadata.get("annotations") or {}, metadata.get("managedFields") or ()
+    generation = expect(int, metadata.get("generation", 0))
     return Deployment(
         uid=str(metadata.get("uid", "")),
         resource_version=expect(str, metadata["resourceVersion"]),
+        generation=generation,
+        observed=expect(int, status.get("observedGeneration", 0)) >= generation,
         replicas=expect(int, spec.get("replicas", 1)),
         annotations={name: expect(str, annotations[name]) for name in annotations},
         selector=selector_string(spec["selector"]),
-        rolled_back=rolled_back(managed),
+        restored=restored(managed, str(metadata.get("creationTimestamp"))),
         replicas_owners=[entry for entry in managed if "f:replicas" in owned(entry, "f:spec")],
     )
 
@@ -1297,31 +1932,49 @@ def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return expect(dict, node)
 
 
-def rolled_back(managed: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Our annotations that a `kubectl rollout undo` wrote. It updates the whole Deployment in the
-    name of plain `kubectl`; what people write is owned by `kubectl-annotate` and the like.
+EDITORS = (
+    "kubectl-annotate", "kubectl-edit", "kubectl-patch", "kubectl-client-side-apply", FIELD_MANAGER
+)  # fmt: skip
+
+
+def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[str]:
+    """Our annotations that a rollback brought back.
+
+    A rollback writes the annotations and the pod template of an older ReplicaSet in one Update,
+    under the name of the client: `kubectl`, `kubectl.exe`, `oc`, `k9s`. The commands with which
+    people edit have names of their own. Whoever created the Deployment wrote both, too.
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
     undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
     for entry in managed:
-        whole = (entry.get("manager"), entry.get("operation"), entry.get("subresource", ""))
-        names = undone if whole == ("kubectl", "Update", "") else others
+        update = entry.get("operation") == "Update" and not entry.get("subresource")
+        edited = entry.get("manager") in EDITORS or entry.get("time") == created
+        whole = update and not edited and owned(entry, "f:spec", "f:template")
+        names = undone if whole else others
         names.update(owned(entry, "f:metadata", "f:annotations"))
     ours = (name.removeprefix("f:") for name in undone - others)
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
 
 
-def other_manager(owners: Sequence[Mapping[str, Any]], last_scale: datetime | None) -> str | None:
-    """Who sets `spec.replicas` beside this scaler, if it is not a person's kubectl.
+# Clients that a person acts with: kubectl and oc under any name, consoles, desktop programs, and
+# browsers and libraries that web consoles call themselves.
+PEOPLE = re.compile(
+    r"(?i)(kubectl|oc|k9s|kubecolor|headlamp|rancher|mozilla|node-fetch|okhttp|octant|aptakube)"
+    r"([-._].*)?|.*(lens|dashboard|console).*"
+)
+
+
+def other_writer(owners: Sequence[Mapping[str, Any]], last_scale: datetime | None) -> str | None:
+    """Who sets `spec.replicas` besides this scaler, if it is not a person.
 
     Whoever created the Deployment owns the field, too: only a change after the scaler's own, or
-    one through the scale subresource, is another master's.
+    one through the scale subresource, is a second writer's.
     """
     last = max(owners, key=lambda entry: str(entry.get("time") or ""), default={})
     manager, at = str(last.get("manager")), str(last.get("time") or "")
     ours = FIELD_MANAGER in {entry.get("manager") for entry in owners}
-    if not last or ours or re.match(r"kubectl(-|$)", manager):
+    if not last or ours or PEOPLE.fullmatch(manager):
         return None
     if last.get("subresource") == "scale":
         manager += " through the scale subresource"
@@ -1332,73 +1985,170 @@ def other_manager(owners: Sequence[Mapping[str, Any]], last_scale: datetime | No
     return manager + (at and f" at {at}")
 
 
-def parse_pod(item: Any, deployment: str) -> Pod | None:
-    """None for a pod that is ending or has ended, or that is not of this Deployment: its owner
-    has to be a ReplicaSet with the name that the Deployment controller gives it."""
+def controller_of(metadata: Any, kind: str) -> str | None:
+    """The UID of the controller, if it is of this kind."""
+    for owner in metadata.get("ownerReferences") or ():
+        if owner.get("controller") and owner["kind"] == kind:
+            return expect(str, owner["uid"])
+    return None
+
+
+def parse_replica_set(item: Any, deployment: str) -> ReplicaSet | None:
+    """None for one that this Deployment, by UID, does not control."""
+    metadata = item["metadata"]
+    if controller_of(metadata, "Deployment") != deployment:
+        return None
+    return ReplicaSet(expect(str, metadata["uid"]), expect(int, item["spec"].get("replicas", 1)))
+
+
+def parse_pod(item: Any) -> Pod | None:
+    """None for a pod that is ending or has ended, or that no ReplicaSet controls."""
     metadata, status = item["metadata"], item.get("status") or {}
-    phase, annotations = status.get("phase", ""), metadata.get("annotations") or {}
-    template_hash = (metadata.get("labels") or {}).get("pod-template-hash")
-    own = ("ReplicaSet", f"{deployment}-{template_hash}", True)
-    owners = [
-        owner["uid"]
-        for owner in metadata.get("ownerReferences") or ()
-        if own == (owner["kind"], owner["name"], owner.get("controller"))
-    ]
-    if not owners or metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
+    phase, owner = status.get("phase", ""), controller_of(metadata, "ReplicaSet")
+    if owner is None or metadata.get("deletionTimestamp") or phase in ("Succeeded", "Failed"):
         return None
     conditions = {one["type"]: one["status"] for one in status.get("conditions") or ()}
+    node = item["spec"].get("nodeName") or ""
     rank = {"Pending": 0, "Unknown": 1, "Running": 2}.get(phase, 0)
-    assigned, ready = bool(item["spec"].get("nodeName")), conditions.get("Ready") == "True"
-    cost = annotations.get(DELETION_COST, "0")
-    # The controller takes an unreadable cost for 0; -1 has it written anew.
-    cost = int(cost) if re.fullmatch(r"-?[0-9]{1,10}", cost) else -1
-    return Pod(expect(str, metadata["name"]), owners[0], (assigned, rank, ready), cost)
+    cost = (metadata.get("annotations") or {}).get(DELETION_COST, "0")
+    setters = [
+        entry.get("manager")
+        for entry in metadata.get("managedFields") or ()
+        if f"f:{DELETION_COST}" in owned(entry, "f:metadata", "f:annotations")
+    ]
+    return Pod(
+        name=expect(str, metadata["name"]),
+        uid=expect(str, metadata["uid"]),
+        version=expect(str, metadata["resourceVersion"]),
+        owner=owner,
+        node=node,
+        rank=(bool(node), rank, conditions.get("Ready") == "True"),
+        # The controller takes an unreadable cost for 0.
+        cost=int(cost) if re.fullmatch(r"-?[0-9]{1,10}", cost) else 0,
+        own_cost=FIELD_MANAGER in setters,
+    )
+
+
+@dataclass(frozen=True)
+class Api:
+    """The kubernetes client, and whose Deployment it is about. It is kept from look to look."""
+
+    client: ApiClient
+    namespace: str
+    name: str
+
+    def send(
+        self,
+        doing: str,
+        method: str,
+        path: str,
+        body: Any,
+        query: Mapping[str, str],
+        timeout: float,
+    ) -> Any:
+        """The response, read to its end, whatever its status. It stays plain JSON, which spares the
+        import of the client's generated models: more CPU than all the rest of a run.
+
+        Raises a Failure if there is none.
+        """
+        from kubernetes.client.exceptions import OpenApiException
+        from kubernetes.config import ConfigException
+        from urllib3.exceptions import HTTPError
+
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Accept": "application/json", "Content-Type": kind}
+        parameters = list((query if method == "GET" else {"fieldManager": FIELD_MANAGER}).items())
+        try:
+            request = self.client.param_serialize(
+                method, path, None, parameters, headers, body, auth_settings=["BearerToken"]
+            )
+            response = self.client.call_api(*request, _request_timeout=timeout)
+            response.read()
+        except (HTTPError, OpenApiException, ConfigException, OSError) as error:
+            problem = f"the API server did not respond while {doing}: {one_line(error)}"
+            raise Failure("ClusterUnavailable", problem) from error
+        except ValueError:
+            # From http.client; its text quotes the whole header.
+            problem = "the credentials hold a character that no HTTP header can, such as a line end"
+            raise Failure("Forbidden", problem, exit_code=2) from None
+        return response
 
 
 class Cluster:
-    """The API server, as far as this scaler may see it: one Deployment, its pods, its events.
-    Every public method raises a Failure."""
+    """The API server, as far as this scaler may see it: one Deployment, its ReplicaSets, pods and
+    events, in one look. Every public method raises a Failure."""
 
-    def __init__(self, client: ApiClient, namespace: str, name: str, run: Run) -> None:
-        self.namespace, self.name, self.run = namespace, name, run
-        self._client = client
+    def __init__(self, api: Api, progress: Progress, log: Log) -> None:
+        self._api, self._progress, self._log = api, progress, log
 
     def read_deployment(self) -> Deployment:
-        return self._insist("reading the Deployment", parse_deployment, self.name)
+        return self._retried("reading the Deployment", parse_deployment, self._api.name)
 
-    def live_pods(self, selector: str) -> list[Pod]:
-        """The pods that the Deployment's ReplicaSets count."""
+    def read_fleet(self, deployment: Deployment, observed: bool) -> Fleet:
+        """The Deployment's live pods. Its ReplicaSets are listed first: a pod of one that is
+        missing there would not count."""
+        query = {"labelSelector": deployment.selector}
+        uid = deployment.uid
 
-        def parse(answer: Any) -> list[Pod]:
-            if answer["kind"] != "PodList":  # or an empty answer would mean that no pod is busy
+        def own(item: Any) -> ReplicaSet | None:
+            return parse_replica_set(item, uid)
+
+        sets = self._list("listing the ReplicaSets", "ReplicaSetList", own, query)
+        query["fieldSelector"] = "status.phase!=Succeeded,status.phase!=Failed"
+        live = self._list("listing the pods", "PodList", parse_pod, query)
+        return make_fleet(deployment.replicas, observed, sets, live)
+
+    def _list(
+        self,
+        doing: str,
+        kind: str,
+        parse_item: Callable[[Any], T | None],
+        query: Mapping[str, str],
+    ) -> list[T]:
+        """All pages of a list; only what `parse_item` returns is kept of each."""
+
+        def parse(answer: Any) -> tuple[list[T], str]:
+            if answer["kind"] != kind:  # or an empty answer would mean that no pod is busy
                 raise ValueError(f"kind is {quoted(answer['kind'])}")
-            return [pod for item in answer["items"] or () if (pod := parse_pod(item, self.name))]
+            found = [one for item in answer["items"] or () if (one := parse_item(item)) is not None]
+            return found, answer["metadata"].get("continue") or ""
 
-        return self._insist("listing the pods", parse, labelSelector=selector)
+        found: list[T] = []
+        page = {**query, "limit": str(PAGE)}
+        while True:
+            more, token = self._retried(doing, parse, **page)
+            found += more
+            if not token:
+                return found
+            page["continue"] = token
 
-    def set_deletion_cost(self, pod: Pod, cost: int) -> bool:
-        """False where the pod is gone."""
-        body = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
+    def set_deletion_cost(self, pod: Pod, cost: int | None) -> Pod | None:
+        """The pod after that; None if it is gone. A cost of None removes it.
+
+        It carries the pod's resourceVersion, so that a late request cannot undo another run's.
+        """
+        annotations = {DELETION_COST: None if cost is None else str(cost)}
+        body = {"metadata": {"annotations": annotations, "resourceVersion": pod.version}}
         try:
-            self._insist("marking pods", dict, pod.name, body)
+            after = self._retried("setting a pod's deletion cost", parse_pod, pod.name, body)
         except Failure as failure:
             if failure.status == 404:
-                return False
+                return None
             raise
-        return True
+        return after
 
     def patch_deployment(self, body: Mapping[str, Any]) -> Deployment:
-        """One merge patch, and the Deployment after it. It is not repeated here: where it fails
-        with `read_again`, only the Deployment itself can tell what became of it."""
+        """One merge patch, and the Deployment after it. It is not repeated here: if it fails with
+        `read_again`, only the Deployment itself can say what became of it."""
         try:
-            return self._call("patching the Deployment", parse_deployment, self.name, body)
+            return self._request("patching the Deployment", parse_deployment, self._api.name, body)
         except Failure as failure:
-            failure.read_again = failure.transient
+            failure.read_again |= failure.transient
             raise
 
     def post_event(self, uid: str, when: str, decision: Decision) -> None:
-        """An Event of the kind that the HPA writes, on the Deployment with this uid."""
-        name, namespace = self.name, self.namespace
+        """An Event of the kind that the HPA writes, on the Deployment with this UID."""
+        name, namespace = self._api.name, self._api.namespace
         about = {"kind": "Deployment", "name": name, "namespace": namespace, "uid": uid}
         event = {
             "apiVersion": "v1",
@@ -1415,64 +2165,42 @@ class Cluster:
             "lastTimestamp": when,
             "count": 1,
         }
-        self._call("writing the Event", dict, body=event)
+        self._request("writing the Event", dict, body=event)
 
-    def _insist(self, doing: str, parse: Callable[[Any], T], *call: Any, **more: Any) -> T:
-        """A call that is tried again while that can help."""
-        return self.run.retrying("transient")(lambda: self._call(doing, parse, *call, **more))
+    def _retried(self, doing: str, parse: Callable[[Any], T], *call: Any, **query: str) -> T:
+        """A request that is repeated while that can help."""
+        again = self._progress.deadline.retrying("transient")
+        return again(lambda: self._request(doing, parse, *call, **query))
 
-    def _call(
+    def _request(
         self, doing: str, parse: Callable[[Any], T], name: str = "", body: Any = None, **query: str
     ) -> T:
-        """One of the CALLS, and its answer as `parse` reads it."""
-        method, resource, _ = CALLS[doing]
-        self.run.enter(doing, "ClusterUnavailable")
-        if not self.run.left():
+        """One of the REQUESTS, and its response as `parse` reads it."""
+        method, resource, _ = REQUESTS[doing]
+        self._progress.enter(doing, "ClusterUnavailable")
+        if not self._progress.deadline.left():
             raise Failure("ClusterUnavailable", f"no time was left for {doing}")
-        group = "/apis/apps/v1" if resource == "deployments" else "/api/v1"
-        path = f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
+        group = "/apis/apps/v1" if resource in ("deployments", "replicasets") else "/api/v1"
+        path = f"{group}/namespaces/{self._api.namespace}/{resource}" + (f"/{name}" if name else "")
         started = time.monotonic()
-        response = self._request(doing, method, path, body, query)
+        timeout = self._progress.deadline.for_call()
+        response = self._api.send(doing, method, path, body, query, timeout)
+        status = response.status
         took = time.monotonic() - started
-        self.run.log("DEBUG", f"{method} {path}: {response.status} in {took:.3f} s")
-        if not 200 <= response.status < 300:
+        self._log.debug(lambda: f"{method} {path}: {status} in {took:.3f} s")
+        if not 200 <= status < 300:
             raise self._refusal(doing, response)
         try:
             return parse(json.loads(response.data))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             found = f"{type(error).__name__}: {one_line(error)}"
-            problem = f"the API server's answer makes no sense while {doing}: {found}"
+            problem = f"the API server's response makes no sense while {doing}: {found}"
             raise Failure("ClusterUnavailable", problem) from error
-
-    def _request(self, doing: str, method: str, path: str, body: Any, query: Any) -> Any:
-        """The response, read to its end, whatever its status. It stays plain JSON, which spares the
-        import of the client's generated models: more CPU than all the rest of a run."""
-        from kubernetes.client.exceptions import OpenApiException
-        from kubernetes.config import ConfigException
-        from urllib3.exceptions import HTTPError
-
-        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        headers = {"Accept": "application/json", "Content-Type": kind}
-        parameters = list((query if method == "GET" else {"fieldManager": FIELD_MANAGER}).items())
-        try:
-            request = self._client.param_serialize(
-                method, path, None, parameters, headers, body, auth_settings=["BearerToken"]
-            )
-            response = self._client.call_api(*request, _request_timeout=self.run.for_call())
-            response.read()
-        except (HTTPError, OpenApiException, ConfigException, OSError) as error:
-            problem = f"the API server did not answer while {doing}: {one_line(error)}"
-            raise Failure("ClusterUnavailable", problem) from error
-        except ValueError:
-            # From http.client; its text quotes the whole header.
-            problem = "the credentials hold a character that no HTTP header can, such as a line end"
-            raise Failure("Forbidden", problem, exit_code=2) from None
-        return response
 
     def _refusal(self, doing: str, response: Any) -> Failure:
         """The failure that an HTTP status stands for, with what to do about it."""
         status = known = response.status
-        _, resource, verb = CALLS[doing]
+        _, resource, verb = REQUESTS[doing]
         if status not in REFUSALS or (status == 404 and resource != "deployments"):
             known = 500 if status >= 500 else 400
         reason, exit_code, advice = REFUSALS[known]
@@ -1481,42 +2209,58 @@ class Cluster:
         except (ValueError, TypeError, LookupError, RecursionError):  # perhaps a proxy's page
             message = quoted(response.data.decode(errors="replace"))
         said = f"the API server answered {status} while {doing}: {message}"
+        names = {"name": self._api.name, "namespace": self._api.namespace}
         if known == 404:
-            said = f"there is no Deployment {self.name} in namespace {self.namespace}"
-        if " denied " not in message:  # or else by an admission policy or webhook, not the Role
-            names = {"name": self.name, "namespace": self.namespace}
-            said += advice.format(verb=verb, resource=resource, **names)
-        failure = Failure(reason, said, exit_code)
-        failure.status = status
+            said = "there is no Deployment {name} in namespace {namespace}".format(**names)
+        # Unless it was an admission policy or a webhook, not the Role.
+        if known == 403 and " denied " not in message:
+            advice = NOT_ALLOWED[resource].format(verb=verb, resource=resource, **names)
         # Seconds. A date is not read: ours and the server's clock may differ.
         pause = response.headers.get("Retry-After") or ""
-        failure.retry_after = float(pause) if re.fullmatch(r"\d{1,6}", pause) else 0.0
-        return failure
+        retry_after = float(pause) if re.fullmatch(r"\d{1,6}", pause) else 0.0
+        # What was read is no longer so: the same request can never succeed.
+        outdated = status in (409, 410)
+        return Failure(
+            reason,
+            said,
+            advice=advice,
+            exit_code=exit_code,
+            transient=not outdated,
+            status=status,
+            retry_after=retry_after,
+            read_again=outdated,
+        )
 
 
-def open_cluster(settings: Settings, run: Run) -> Cluster:
+def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
     """The cluster that this pod runs in or, outside one, the kubeconfig's, as for kubectl.
 
-    Raises a Failure where there is no usable configuration.
+    Raises a Failure if there is no usable configuration.
     """
-    run.enter("loading the Kubernetes client", "ClusterUnavailable")
     from kubernetes import config
     from kubernetes.client import ApiClient, Configuration
     from kubernetes.config.incluster_config import InClusterConfigLoader
+    from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
     from yaml import YAMLError
 
     configuration = Configuration()
     configuration.retries = False  # urllib3's own would outlast the deadline
+    configuration.connection_pool_maxsize = CONCURRENT_CALLS
     try:
-        if "KUBERNETES_SERVICE_HOST" in run.environ and not run.environ.get("KUBECONFIG"):
+        if "KUBERNETES_SERVICE_HOST" in environ and not environ.get("KUBECONFIG"):
             token, ca = str(SERVICE_ACCOUNT / "token"), str(SERVICE_ACCOUNT / "ca.crt")
-            InClusterConfigLoader(token, ca, environ=run.environ).load_and_set(configuration)
+            InClusterConfigLoader(token, ca, environ=dict(environ)).load_and_set(configuration)
             own = (SERVICE_ACCOUNT / "namespace").read_text().strip()
         else:
-            path = run.environ.get("KUBECONFIG") or "~/.kube/config"
-            config.load_kube_config(path, client_configuration=configuration, persist_config=False)
-            context = config.list_kube_config_contexts(path)[1]["context"]
-            own = context.get("namespace") or "default"
+            files = KubeConfigMerger(environ.get("KUBECONFIG") or "~/.kube/config")
+            if files.config is None:
+                raise config.ConfigException("no such file")
+            named = (one.get("current-context") for one in files.config_files.values())
+            # kubectl takes the first file's, the client library the last one's.
+            context = next(filter(None, named), None)
+            loader = KubeConfigLoader(files.config, active_context=context, config_base_path=None)
+            loader.load_and_set(configuration)
+            own = loader.current_context["context"].get("namespace") or "default"
     except (config.ConfigException, YAMLError, OSError, ValueError, TypeError, KeyError,
             AttributeError) as error:  # fmt: skip
         # All of these come out of the library for a damaged file.
@@ -1529,152 +2273,271 @@ def open_cluster(settings: Settings, run: Run) -> Cluster:
         raise Failure("ClusterUnavailable", problem, exit_code=2) from error
     client = ApiClient(configuration)
     client.user_agent = f"{FIELD_MANAGER}/{__version__}"
-    run.namespace = settings.namespace or own
-    return Cluster(client, run.namespace, settings.deployment, run)
+    return Api(client, settings.namespace or own, settings.deployment)
 
 
-# ---------------------------------------------------------------------------------- one look
+# -------------------------------------------------------------------------------------- look
+
+FRESH_SECONDS = 10  # a scale-down rests on a read of the queue no older than this
 
 
 class Look:
-    """Read, decide, apply. `pending` are the decisions whose patch may or may not have reached
-    the Deployment."""
+    """One look at the Deployment and the queue: read, decide, choose victims, set their deletion
+    costs, read again, patch.
 
-    def __init__(self, settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
-        self.settings, self.cluster, self.queue, self.run = settings, cluster, queue, cluster.run
+    `token` is this run's, in the leases that it takes. `pending` are the decisions whose patch may
+    or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
+    what its annotations said at the start of the attempt.
+    """
+
+    deployment: Deployment
+    state: State
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Cluster,
+        queue: JobQueue,
+        progress: Progress,
+        log: Log,
+        now: datetime,
+        token: str,
+    ) -> None:
+        self.settings, self.cluster, self.queue = settings, cluster, queue
+        self.progress, self.log, self.now, self.token = progress, log, now, token
         self.pending: list[Decision] = []
+        self.warnings: list[str] = []
+        self.began = self.queue_read = time.monotonic()
 
     def take(self) -> Decision:
-        """Look, and again from the start where another writer came in between.
+        """Look, and again from the start if another writer came in between.
 
         Raises a Failure.
         """
         # An attempt that begins later would blame the queue for the time that it lacks.
-        return self.run.retrying("read_again", reserve=True)(self.attempt)
+        return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
 
     def attempt(self) -> Decision:
-        run, deployment = self.run, self.cluster.read_deployment()
-        run.current, run.in_doubt = deployment.replicas, False
+        progress, settings = self.progress, self.settings
+        self.deployment = deployment = self.cluster.read_deployment()
+        progress.current, progress.in_doubt = deployment.replicas, False
         for decision in self.pending:
-            if landed(decision, deployment):
-                return self.finish(deployment, decision)
-        now, owners = run.now(), deployment.replicas_owners
-        state = parse_state(deployment.annotations, self.settings, now, deployment.rolled_back)
+            if was_applied(decision, deployment):
+                return self.finish(decision)
+        owners, now = deployment.replicas_owners, self.now
+        self.state = parse_state(deployment.annotations, settings, now, deployment.restored)
+        self.warnings = list(self.state.warnings)
+        if other := other_writer(owners, self.state.last_scale_time):
+            self.warnings.append(f"two writers: spec.replicas was last set by {other}; keep one")
         own_zero = {entry.get("manager") for entry in owners} == {FIELD_MANAGER}
-        inputs = Inputs(now, deployment.replicas, state, own_zero=own_zero)
+        inputs = Inputs(now, deployment.replicas, self.state, own_zero=own_zero)
         try:
-            decision = self.gather(deployment, inputs)
+            decision = self.gather(inputs)
         except QueueFailure as problem:
-            decision = without_queue(self.settings, inputs, problem)
-        warnings = state.warnings
-        if other := other_manager(owners, state.last_scale_time):
-            warnings += (f"two masters: spec.replicas was last set by {other}; keep one",)
-        dry = "dry run, nothing is changed: " if run.dry_run else ""
-        decision = replace(decision, message=dry + decision.message, warnings=warnings)
-        return self.apply(deployment, decision)
+            decision = without_queue(settings, inputs, problem)
+        return self.apply(decision)
 
-    def gather(self, deployment: Deployment, inputs: Inputs) -> Decision:
-        """Decide, and read what that needs, and no more: the queue is not waited for where a
-        person or the range decides, and no document is read unless a scale-down is about to
-        happen. Raises a Failure."""
-        settings, live = self.settings, None
+    def gather(self, inputs: Inputs) -> Decision:
+        """Decide, and read what that needs, and no more: the queue is not waited for if a pause or
+        the range decides, and no job is read unless a scale-down is about to happen."""
+        settings, fleet = self.settings, None
         decision = override(settings, inputs)
         if decision is None:
             if settings.busy_filter is not None:
-                live = self.cluster.live_pods(deployment.selector)
-            names = None if live is None else [pod.name for pod in live]
-            inputs = replace(inputs, queue=self.queue.count(names))
+                fleet = self.cluster.read_fleet(self.deployment, self.deployment.observed)
+            length, warnings = self.queue.count(None if fleet is None else fleet.names)
+            self.warnings += warnings
+            self.check_field(length)
+            inputs = replace(inputs, queue=length)
             decision = decide(settings, inputs)
-        if decision.change >= 0 or settings.busy_filter is None:
-            return decision
-        if live is None:
-            live = self.cluster.live_pods(deployment.selector)
-        return self.protect_busy_pods(live, inputs)
-
-    def protect_busy_pods(self, live: Sequence[Pod], inputs: Inputs) -> Decision:
-        """Mark the live pods so that a scale-down takes idle ones, and decide once more with what
-        a second reading, after the marking, says of them: a job claimed in between protects its
-        pod. Raises a Failure."""
-
-        def read(live: Sequence[Pod]) -> tuple[set[str], Decision]:
-            busy = self.queue.busy_pods([pod.name for pod in live])
-            floor, because = busy_floor(live, busy)
-            known = replace(inputs, busy_floor=floor, busy_because=because)
-            return busy, decide(self.settings, known)
-
-        busy, decision = read([replace(pod, deletion_cost=0) for pod in live])
-        if decision.change >= 0 or self.run.dry_run:
-            return decision
-        before = {pod.name: pod.deletion_cost for pod in live}
-        live = self.mark_pods(live, busy)
-        # A pod that finished since it was marked keeps its mark, and so its place, until the next
-        # look.
-        busy, decision = read(live)
-        claimed = [pod for pod in live if pod.name in busy and pod.deletion_cost != BUSY_COST]
-        marked = sum(pod.deletion_cost != before[pod.name] for pod in live)
-        if marked + len(claimed) > len(live):
-            # More than one mark a pod: too much is going on. The next look has fewer to make.
-            because = ", as jobs were claimed while the pods were marked"
-            known = replace(inputs, busy_floor=INT32_MAX, busy_because=because)
-            decision = decide(self.settings, known)
-        if decision.change < 0:
-            # A person's order is carried out whatever it costs, so that each mark has to be right.
-            self.mark_pods(live if decision.reason == "Paused" else claimed, busy)
+        if settings.busy_filter is not None and decision.change < 0:
+            fleet = fleet or self.cluster.read_fleet(self.deployment, self.deployment.observed)
+            return self.scale_down(inputs, fleet)
+        if fleet is not None:
+            self.clear_costs(fleet)
         return decision
 
-    def mark_pods(self, live: Iterable[Pod], busy: set[str]) -> list[Pod]:
-        """Give pods the deletion cost they should have, where they have another. The pods after
-        that, without those that somebody deleted meanwhile. Raises a Failure."""
-        costs = [(pod, BUSY_COST if pod.name in busy else 0) for pod in live]
-        return [
-            replace(pod, deletion_cost=cost)
-            for pod, cost in costs
-            if pod.deletion_cost == cost or self.cluster.set_deletion_cost(pod, cost)
-        ]
+    def check_field(self, length: QueueLength) -> None:
+        """Once a run, while nothing is in the queue: could anything be?"""
+        if not length.waiting and not length.busy and "field" not in self.log.once:
+            self.log.once.add("field")
+            if unknown := self.queue.unknown_field():
+                self.log.line("INFO", unknown)
 
-    def apply(self, deployment: Deployment, decision: Decision) -> Decision:
-        """The one place that changes the Deployment. `resourceVersion` as read makes the API
-        server refuse the patch if anybody else wrote in between. Raises a Failure."""
-        run, annotations = self.run, dict(decision.annotations)
-        if decision.change:
-            verb = "up" if decision.change > 0 else "down"
-            annotations[LAST_SCALE_TIME] = write_time(run.now())
-            annotations[LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
-        there = deployment.annotations
-        annotations = {name: v for name, v in annotations.items() if there.get(name) != v}
-        decision = replace(decision, annotations=annotations)
-        if run.dry_run or not (annotations or decision.change):
+    def scale_down(self, inputs: Inputs, fleet: Fleet) -> Decision:
+        """The decision, ready to be applied: if it removes pods, its victims have the lowest
+        deletion cost, and a second read of the queue has found them idle."""
+        lease = self.state.scale_down_lease
+        own = lease is not None and lease.token == self.token
+        cost = lease.cost if lease and own else victim_cost(self.now, fleet.pods, lease)
+        busy = self.queue.busy_pods(fleet.pods)
+        decision = self.judge(inputs, fleet, busy, cost)
+        # An order is not kept waiting by another run: its lease is taken over.
+        if lease and self.is_held(lease) and decision.change < 0 and decision.reason != "Paused":
+            because = f", as another run is removing pods until {write_time(lease.until)}"
+            decision = decide(self.settings, replace(inputs, removable=Removable(0, because)))
+        victims: list[Pod] = []
+        if decision.change < 0 and not self.log.output.dry_run:
+            count = len(fleet.pods) - (decision.replicas or 0)
+            victims = choose_victims(fleet.pods, busy.names, count)
+        if not victims:
+            self.clear_costs(fleet)
             return decision
-        body: dict[str, Any] = {"metadata": {"resourceVersion": deployment.resource_version}}
-        if annotations:
-            body["metadata"]["annotations"] = annotations
+        self.take_lease(cost)
+        generation = self.deployment.generation
+        self.clear_costs(fleet, victims)
+        self.set_costs([pod for pod in victims if pod.cost != cost], cost)
+        return self.verify(inputs, victims, generation)
+
+    def verify(self, inputs: Inputs, victims: Sequence[Pod], generation: int) -> Decision:
+        """Everything once more, the queue last: a victim that has claimed a job is spared, and one
+        pod fewer is removed. `generation` is the Deployment's at the lease."""
+        self.deployment = self.cluster.read_deployment()
+        if self.deployment.generation != generation or not self.is_own_lease():
+            problem = "the Deployment changed while pods were chosen"
+            raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
+        # No change of anybody's is unobserved, as there was none but the lease.
+        fleet = self.cluster.read_fleet(self.deployment, observed=True)
+        self.queue_read = time.monotonic()
+        busy = self.queue.busy_pods(fleet.pods)
+        before = {pod.name: pod for pod in victims}
+        marked = [pod for pod in fleet.pods if pod.name in before]
+        claimed = [pod for pod in marked if pod.name in busy.names]
+
+        def spare(pods: Sequence[Pod]) -> dict[str, Pod]:
+            return {pod.name: pod for pod in self.set_costs(pods, None, before)}
+
+        spared = spare(claimed)
+        gone = {pod.name for pod in claimed} - spared.keys()
+        left = [spared.get(pod.name, pod) for pod in fleet.pods if pod.name not in gone]
+        fleet = replace(fleet, pods=tuple(left))
+        missing = max(0, inputs.current - len(fleet.pods))
+        limit = len(marked) - len(claimed) + missing
+        decision = self.judge(inputs, fleet, busy, None, limit)
+        if decision.change >= 0:
+            spare([pod for pod in marked if pod not in claimed])
+        return decision
+
+    def judge(
+        self,
+        inputs: Inputs,
+        fleet: Fleet,
+        busy: BusyPods,
+        cost: int | None,
+        limit: int = INT32_MAX,
+    ) -> Decision:
+        """Decide with what the busy jobs say; at most `limit` replicas go."""
+        self.warnings = list(dict.fromkeys([*self.warnings, *busy.warnings]))
+        can = removable(fleet, inputs.current, busy.names, cost)
+        if busy.incomplete:
+            because = (
+                ", as there are too many busy jobs to read, and not all name their pod plainly"
+            )
+            can = Removable(0, because)
+        queue = inputs.queue
+        if queue is not None:
+            queue = replace(queue, busy=max(queue.busy or 0, busy.jobs))
+        can = replace(can, pods=min(can.pods, limit))
+        return decide(self.settings, replace(inputs, queue=queue, removable=can))
+
+    # One run at a time sets deletion costs and scales down: whoever has written the lease. Safety
+    # does not rest on its time. The resourceVersion of each patch lets only the run scale that
+    # holds the lease; a late request for a pod meets the pod's resourceVersion or, if nobody has
+    # touched that pod since, sets a cost that is higher than those of the runs after it.
+
+    def is_held(self, lease: Lease) -> bool:
+        """By another run that may still be at work."""
+        return lease.token != self.token and lease.until > self.now
+
+    def is_own_lease(self) -> bool:
+        return self.deployment.annotations.get(LEASE, "").endswith(f" {self.token}")
+
+    def take_lease(self, cost: int) -> None:
+        """Until the end of this look. Raises a Failure if anybody wrote in between."""
+        if self.is_own_lease():
+            return
+        seconds = self.progress.deadline.end - self.began
+        lease = Lease(whole_second(self.now + timedelta(seconds=seconds)), cost, self.token)
+        self.deployment = self.cluster.patch_deployment(self.body({LEASE: str(lease)}))
+
+    def clear_costs(self, fleet: Fleet, victims: Sequence[Pod] = ()) -> None:
+        """Remove the deletion costs that a run left which did not get to its patch. Not while a
+        ReplicaSet still has pods to remove, which it chooses by them."""
+        chosen = {pod.name for pod in victims}
+        stale = [pod for pod in fleet.marked if pod.name not in chosen]
+        lease = self.state.scale_down_lease
+        foreign = lease is not None and self.is_held(lease) and not self.is_own_lease()
+        if not stale or fleet.removing or foreign or self.log.output.dry_run:
+            return
+        self.take_lease(victim_cost(self.now, fleet.pods, lease))
+        self.set_costs(stale, None)
+
+    def set_costs(
+        self, pods: Sequence[Pod], cost: int | None, before: Mapping[str, Pod] | None = None
+    ) -> list[Pod]:
+        """The pods after that, without those that are gone. Without a cost, each gets back the one
+        that somebody else had set, as far as `before` has it."""
+
+        def own(pod: Pod) -> int | None:
+            was = (before or {}).get(pod.name)
+            return was.cost if was and was.cost and not was.own_cost else None
+
+        def set_cost(pod: Pod) -> Pod | None:
+            return self.cluster.set_deletion_cost(pod, own(pod) if cost is None else cost)
+
+        return [pod for pod in concurrently(set_cost, pods) if pod is not None]
+
+    def body(self, annotations: Mapping[str, str | None]) -> dict[str, Any]:
+        """A merge patch that the API server rejects if anybody else wrote in between."""
+        version = self.deployment.resource_version
+        return {"metadata": {"resourceVersion": version, "annotations": dict(annotations)}}
+
+    def apply(self, decision: Decision) -> Decision:
+        """The one place that changes the replicas. Raises a Failure."""
+        progress, there = self.progress, self.deployment.annotations
+        annotations = {**decision.annotations, **rescale_annotations(decision, self.now)}
+        lease = self.state.scale_down_lease
+        if self.is_own_lease() or not (lease and self.is_held(lease)):
+            annotations[LEASE] = None
+        annotations = {name: v for name, v in annotations.items() if there.get(name) != v}
+        dry = "dry run, nothing is changed: " if self.log.output.dry_run else ""
+        warnings = tuple(self.warnings)
+        message = dry + decision.message
+        decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
+        if dry or not (annotations or decision.change):
+            return decision
+        if decision.change < 0 and time.monotonic() - self.queue_read > FRESH_SECONDS:
+            problem = "what was read is too old to remove pods by"
+            raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
+        body = self.body(annotations)
         if decision.change:
             body["spec"] = {"replicas": decision.replicas}
-        run.in_doubt = True
+        progress.in_doubt = bool(decision.change)
         try:
-            after = self.cluster.patch_deployment(body)
+            self.deployment = self.cluster.patch_deployment(body)
         except Failure as failure:
-            # With a status below 500 the API server has refused it.
-            run.in_doubt = failure.read_again and not 400 <= failure.status < 500
-            if run.in_doubt and decision.change:
+            # With a status below 500 the API server has rejected it.
+            progress.in_doubt &= failure.read_again and not 400 <= failure.status < 500
+            if progress.in_doubt:
                 self.pending.append(decision)
             raise
-        return self.finish(after, decision)
+        return self.finish(decision)
 
-    def finish(self, deployment: Deployment, decision: Decision) -> Decision:
-        """What remains once the patch is known to have landed: the Event, as the HPA writes one."""
-        self.run.in_doubt = False
+    def finish(self, decision: Decision) -> Decision:
+        """What remains once the patch is known to have been applied: the Event, as the HPA writes
+        one."""
+        self.progress.in_doubt = False
         if not decision.change:
             return decision
-        self.run.done = decision
+        self.progress.done = decision
         try:
-            self.cluster.post_event(deployment.uid, write_time(self.run.now()), decision)
+            self.cluster.post_event(self.deployment.uid, write_time(self.now), decision)
         except Failure as failure:
-            self.run.log("WARNING", f"no Event was written: {failure}")
+            self.log.line("WARNING", f"no Event was written: {failure}")
         return decision
 
 
-def landed(decision: Decision, deployment: Deployment) -> bool:
+def was_applied(decision: Decision, deployment: Deployment) -> bool:
     """Whether the Deployment carries the patch of a decision."""
     there = deployment.annotations
     return deployment.replicas == decision.replicas and all(
@@ -1682,120 +2545,283 @@ def landed(decision: Decision, deployment: Deployment) -> bool:
     )
 
 
+# ------------------------------------------------------------------------------------ report
+
+RECORD_BYTES = 4095  # the kubelet keeps less than 4,096
+DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+
+
+@dataclass
+class Report:
+    """What a run has reported: its looks, its log lines, its result record.
+
+    `started` is on the monotonic clock, in seconds. `progress` is that of the present look,
+    `resting` is true between two looks. Whoever reports holds `lock`: the main thread and the
+    watchdog may both want to.
+    """
+
+    log: Log
+    started: float
+    progress: Progress
+    polling: bool = False
+    looks: int = 0
+    last: Decision | None = None
+    last_rescale: Decision | None = None
+    resting: bool = False
+    exit_code: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tell(self, decision: Decision) -> None:
+        """Note how a look ended, and log its line if it has something new to say."""
+        rescale, before = decision.change != 0 and not self.log.output.dry_run, self.last
+        self.looks, self.last = self.looks + 1, decision
+        self.last_rescale = decision if rescale else self.last_rescale
+        if before and not rescale and essence(before) == essence(decision):
+            return
+        for warning in decision.warnings:
+            self.log.line("WARNING", warning)
+        message = f" {decision.reason}: {full_message(decision)}"
+        severity = {0: "INFO", 1: "WARNING", INTERRUPTED: "INFO"}.get(decision.exit_code, "ERROR")
+        self.log.write(severity, message, self.record(decision))
+
+    def record(self, decision: Decision) -> dict[str, Any]:
+        """The result record of a decision."""
+        queue, change, dry_run = decision.queue, decision.change, self.log.output.dry_run
+        record = {
+            "time": write_time(self.log.clock()),
+            "namespace": self.log.namespace,
+            "deployment": self.log.deployment,
+            "waiting": queue.waiting if queue else None,
+            "waitingCapped": bool(queue and queue.capped),
+            "busy": queue.busy if queue else None,
+            "current": decision.current,
+            "desired": decision.desired,
+            "replicas": decision.current if dry_run else decision.replicas,
+            "action": "scale-up" if change > 0 else "scale-down" if change < 0 else "none",
+            "reason": decision.reason,
+            "message": scrub(full_message(decision)),
+            "dryRun": dry_run,
+            "durationSeconds": round(time.monotonic() - self.started, 3),
+        }
+        if self.log.waiting_since:
+            oldest = queue.oldest_seconds if queue else None
+            record["oldestWaitingSeconds"] = None if oldest is None else round(oldest)
+        return {**record, "looks": self.looks} if self.polling or self.looks > 1 else record
+
+    def end(self, why: str = "") -> int:
+        """Write the result record: the last look's if that failed, else that of the last that
+        scaled, else the last one's. Returns the exit code."""
+        assert self.last is not None, "a run has a look"
+        told = self.last if self.last.exit_code else self.last_rescale or self.last
+        record = self.record(replace(told, message=told.message + why))
+        path = Path(self.log.output.termination_log)
+        try:
+            if str(path) != DEFAULT_TERMINATION_LOG or path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encode_record(record))
+        except OSError as error:
+            self.log.line("WARNING", f"the result record was not written: {error}")
+        return self.last.exit_code
+
+
+def essence(decision: Decision) -> Decision:
+    """Without what differs from look to look while nothing happens."""
+    queue = decision.queue and replace(decision.queue, oldest_seconds=None)
+    return replace(decision, queue=queue, message="", annotations={}, wait=None)
+
+
+def full_message(decision: Decision) -> str:
+    """What happened, what the scaler did about it, and what to do."""
+    return "; ".join(filter(None, (decision.message, decision.advice)))
+
+
+def encode_record(record: dict[str, Any]) -> bytes:
+    """JSON of no more than RECORD_BYTES; the message is truncated."""
+    while True:
+        data = json.dumps(record, ensure_ascii=False).encode(errors="replace")
+        message = record["message"]
+        if len(data) <= RECORD_BYTES or not message:
+            return data
+        record = {**record, "message": message[: len(message) * 3 // 4]}
+
+
 # -------------------------------------------------------------------------------------- main
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str], clock: Callable[[], datetime]) -> int:
+def sleep(seconds: float) -> None:
+    """time.sleep, except under a clock that a test moves."""
+    threading.Event().wait(seconds)
+
+
+def main(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    clock: Clock,
+    pause: Callable[[float], object] = sleep,
+) -> int:
     """One run as a process of its own: a signal, or the end of its time, ends it in order.
     Returns the exit code."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     # A run of one look is over before a garbage collection could free anything worth its time.
     gc.disable()
-    return execute(argv, environ, clock, watch)
+    return execute(argv, environ, clock, pause, watch)
 
 
 def execute(
     argv: Sequence[str],
     environ: Mapping[str, str],
-    clock: Callable[[], datetime],
-    supervise: Callable[[Run, int], None] | None = None,
+    clock: Clock,
+    pause: Callable[[float], object] = sleep,
+    supervise: Callable[[Report, int], None] | None = None,
 ) -> int:
     """One run, without signals, timers or an exit of its own. Returns the exit code.
 
-    `supervise` is called in a thread of its own with the run's budget in seconds, once the settings
-    are read and before anything is waited for.
+    `pause` waits so many seconds between two looks. `supervise` is called in a thread of its own
+    with the run's budget in seconds, once the settings are read and before anything is waited for.
     """
     if not {"--help", "-h", "--version"}.isdisjoint(argv):
         with suppress(OSError):
             print(f"queue-scaler {__version__}" if "--version" in argv else usage(), flush=True)
         return 0
     if not logging.getLogger().handlers:
-        # Else Python prints what libraries log: a login helper's output, for one.
+        # Otherwise Python prints what libraries log: a login helper's output, for one.
         logging.getLogger().addHandler(logging.NullHandler())
-    run = Run({**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ, clock)
+    started = time.monotonic()
+    environ = {**environ, "DRY_RUN": "true"} if "--dry-run" in argv else environ
+    # As they were set, right or wrong.
+    names = [environ.get(variable) for variable in ("NAMESPACE", "DEPLOYMENT")]
+    namespace, deployment = (name and one_line(name, 253) for name in names)
+    log = Log(read_output(environ), clock, namespace, deployment)
+    report = Report(log, started, Progress(Deadline(math.inf, 0, math.inf)))
 
     def start() -> None:
         unknown = [quoted(argument) for argument in argv if argument != "--dry-run"]
         if unknown:
             problem = f"unknown argument {unknown[0]}: expected --dry-run, --help, --version"
             raise Failure("InvalidSettings", problem, exit_code=2)
-        settings = read_settings(run.environ)
+        settings = read_settings(environ)
+        log.waiting_since = settings.waiting_since_field is not None
         if supervise:
-            budget = (run, settings.timeout_seconds)
+            budget = (report, settings.timeout_seconds)
             threading.Thread(target=supervise, args=budget, daemon=True).start()
-        run.interval = settings.polling_interval_seconds
-        poll(settings, open_cluster(settings, run), JobQueue(settings, run))
+        report.progress.enter("loading the Kubernetes client", "ClusterUnavailable")
+        api = open_cluster(settings, environ)
+        log.namespace = api.namespace
+        poll(settings, api, Firestore(settings, environ), report, pause)
 
     for warning in misspelled(environ):
-        run.log("WARNING", warning)
-    decision = guarded(run, start)
-    with run.reporting:
+        log.line("WARNING", warning)
+    decision = guarded(report, start)
+    with report.lock:
         if decision:
-            run.tell(decision)
-        run.exit_code = run.end()
-    return run.exit_code
+            report.tell(decision)
+        report.exit_code = report.end()
+    return report.exit_code
 
 
-def guarded(run: Run, action: Callable[[], T]) -> T | Decision:
-    """What an action returns or, where it fails, the decision to leave the replicas alone."""
+def guarded(report: Report, action: Callable[[], T]) -> T | Decision:
+    """What an action returns or, if it fails, the decision to leave the replicas alone."""
+    progress = report.progress
     try:
         return action()
     except Failure as failure:
-        return run.break_off(str(failure), failure.reason, failure.exit_code)
+        decision = report.progress.abort(str(failure), failure.reason, failure.exit_code)
+        return replace(decision, advice=failure.advice) if not report.progress.done else decision
     except Exception as error:
-        # A bug of ours, or a case that a library's pages do not name: it must not cost the line
+        # A bug of ours, or a case that a library's docs do not name: it must not cost the line
         # and the record, nor the looks that follow.
-        run.log("ERROR", traceback.format_exc())
-        why = f"internal error while {run.stage}: {type(error).__name__}: {one_line(error)}"
-        return replace(run.break_off(why), exit_code=1)
+        report.log.line("ERROR", traceback.format_exc())
+        why = f"internal error while {progress.stage}: {type(error).__name__}: {one_line(error)}"
+        return replace(report.progress.abort(why), exit_code=1)
 
 
-def poll(settings: Settings, cluster: Cluster, queue: JobQueue) -> None:
-    """One look or, with POLLING_INTERVAL_SECONDS, one after another, each due at a fixed time from
-    the start. One that is late is left out."""
-    run, interval, total = cluster.run, settings.polling_interval_seconds, settings.timeout_seconds
+def poll(
+    settings: Settings,
+    api: Api,
+    firestore: Firestore,
+    report: Report,
+    pause: Callable[[float], object],
+) -> None:
+    """One look, and one more when a delay ends soon; or, with POLLING_INTERVAL_SECONDS, one after
+    another, each due at a fixed time from the start. One that is late is left out."""
+    interval, total = settings.polling_interval_seconds, settings.timeout_seconds
+    report.polling = interval is not None
     # The clients give up a little before the watchdog would, as they can say more.
-    last_moment = run.started + total - min(1.0, total / 10)
-    longest = 0.0
+    run_end, margin = report.started + total, min(1.0, total / 10)
+    token = os.urandom(4).hex()
     while True:
         began = time.monotonic()
-        run.begin_look(last_moment)
-        decision = guarded(run, Look(settings, cluster, queue).take)
-        with run.reporting:
-            run.tell(decision)
-            run.resting = True
-        if interval is None:
-            return
-        now = time.monotonic()
-        longest = max(longest, now - began)
-        due = run.started + interval * math.ceil((now - run.started) / interval)
-        if due + longest > last_moment:
+        progress = Progress(look_deadline(run_end, margin, interval))
+        report.progress, report.resting = progress, False
+        now, log = report.log.clock(), report.log
+        queue = JobQueue(settings, firestore, progress, now, log)
+        look = Look(settings, Cluster(api, progress, log), queue, progress, log, now, token)
+        decision = guarded(report, look.take)
+        with report.lock:
+            report.tell(decision)
+            report.resting = True
+        ended = time.monotonic()
+        due = next_look(report, interval, began, ended, decision.wait)
+        # A look that could only begin would report that its time is up.
+        if due is None or due + min(ended - began, 1.0) > run_end - margin:
             return
         gc.enable()
-        threading.Event().wait(due - now)  # time.sleep, but for a clock that a test moves
-        run.resting = False
+        pause(due - time.monotonic())
+        if time.monotonic() > run_end - margin:  # the process was suspended meanwhile
+            return
 
 
-def watch(run: Run, budget: int) -> None:
+def next_look(
+    report: Report, interval: int | None, began: float, ended: float, wait: float | None
+) -> float | None:
+    """When the next look is due, on the monotonic clock."""
+    dues = []
+    if interval is not None:
+        dues.append(report.started + interval * math.ceil((ended - report.started) / interval))
+    # The wall clock and the monotonic one may differ by a little: nothing happens before its time.
+    if wait is not None and (interval is not None or report.looks == 1):
+        delay_ends = began + wait + 0.05
+        dues += [delay_ends] if 0 < delay_ends - ended <= DELAY_SECONDS else []
+    return min(dues, default=None)
+
+
+def watch(report: Report, budget: int) -> None:
     """End the run on SIGTERM, on SIGINT, and when its time is up, whatever the main thread is
     waiting for: no timeout of a client covers an answer that drips in, or a name server."""
-    received = signal.sigtimedwait(SIGNALS, max(0.0, run.started + budget - time.monotonic()))
-    why = f"out of time (TIMEOUT_SECONDS={budget})"
-    if received:
-        why = f"ended by {signal.Signals(received.si_signo).name}"
-    exit_code = 128 + received.si_signo if received else 1
+    until = report.started + budget
+    number = next_signal(until)
+    late = Deadline(until, 0, until).overslept()
     # Not given back: the main thread has nothing more to say. It may hang in its own line.
-    if run.reporting.acquire(timeout=1):
-        if run.exit_code is not None:
-            exit_code = run.exit_code
-        elif run.resting:
-            run.end(f"; {why}")
+    exit_code = 128 + number if number else 1
+    if report.lock.acquire(timeout=1):
+        why = f"out of time (TIMEOUT_SECONDS={budget})"
+        reason: Reason | None = None
+        if number or late:
+            reason = "Interrupted"
+            why = f"ended by {signal.Signals(number).name}" if number else suspended(late)
+        if report.exit_code is not None:
+            exit_code = report.exit_code
+        elif report.resting:
+            last = report.end(f"; {why}")
+            exit_code = exit_code if number else last
         else:
-            decision = run.break_off(f"{why} while {run.stage}")
-            exit_code = exit_code if received else decision.exit_code
-            run.tell(replace(decision, exit_code=exit_code))
-            run.end()
+            progress = report.progress
+            code = INTERRUPTED if reason else 1
+            decision = progress.abort(f"{why} while {progress.stage}", reason, code)
+            report.tell(decision)
+            report.end()
+            exit_code = exit_code if number else decision.exit_code
     leave(exit_code)
+
+
+def next_signal(until: float) -> int | None:
+    """The number of a signal that ends the run, None if its time is up. After the process was
+    suspended past that, `sigtimedwait` returns something, but no signal (observed)."""
+    while (left := until - time.monotonic()) > 0:
+        received = signal.sigtimedwait(SIGNALS, left)
+        if received and time.monotonic() < until:
+            return received.si_signo
+    return next((number for number in SIGNALS if number in signal.sigpending()), None)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -1810,7 +2836,8 @@ def leave(exit_code: int) -> NoReturn:
 
 def usage() -> str:
     """What `--help` prints, with the table of the settings."""
-    rows = [(f.name.upper(), f.metadata["shown"], f.metadata["meaning"]) for f in fields(Settings)]
+    rows = [(name, item.metadata["shown"], item.metadata["meaning"]) for name, item in
+            VARIABLES.items()]  # fmt: skip
     table = "\n".join(f"  {name}\n      {meaning} [{shown}]" for name, shown, meaning in rows)
     return f"""\
 usage: scaler.py [--dry-run] [--help] [--version]

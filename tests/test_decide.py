@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scaler
-from scaler import ANNOTATION, INT32_MAX, Decision, Inputs, QueueLength, Settings, State, decide
+from scaler import (
+    ANNOTATION,
+    INT32_MAX,
+    Decision,
+    Inputs,
+    QueueLength,
+    Removable,
+    Settings,
+    State,
+    decide,
+)
 from tests.support.world import BUSY, START, World
 
 SETTINGS = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
@@ -37,7 +47,8 @@ def observed(
     **annotations: str,
 ) -> Inputs:
     state, queue = remembered(annotations), QueueLength(waiting, busy=busy)
-    return Inputs(START, replicas, state, queue, floor, because, own_zero)
+    removable = None if floor is None else Removable(max(0, replicas - floor), because)
+    return Inputs(START, replicas, state, queue, removable, own_zero)
 
 
 def ago(seconds: float, direction: str = "up") -> dict[str, Any]:

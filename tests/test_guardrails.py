@@ -1,7 +1,7 @@
 """guardrails.yaml, evaluated here by Google's CEL.
 
-What the scaler's patches change has to be all that the policies allow, and nothing else: the acts
-that tests/e2e/forbidden.py tries on a real cluster are tried on the expressions themselves.
+The policies have to allow exactly what the scaler's patches change: the acts that
+tests/e2e/forbidden.py tries on a real cluster are tried on the expressions themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ from cel_expr_python.ext import ext_strings  # type: ignore[import, unused-ignor
 
 import scaler
 from tests.e2e import forbidden
-from tests.e2e.forbidden import ACCOUNTS, BOUND, COST, MINE, NAME, OTHER, PAUSES, Act, life
+from tests.e2e.forbidden import (
+    ACCOUNTS,
+    BOUND,
+    COST,
+    ENDINGS,
+    MINE,
+    NAME,
+    OTHER,
+    PAUSES,
+    REPLICA_SETS,
+    Act,
+    life,
+)
 from tests.support.kubernetes import FakeKubernetes
 from tests.support.kubernetes_objects import KINDS, Writer, json_patch, merge, read_request
 from tests.support.world import REPOSITORY
@@ -37,8 +49,8 @@ REMOVABLE = ("metadata", "annotations", MINE + "of-an-older-version")
 RULES, LABEL = (
     each["spec"] for each in load("guardrails.yaml") if each["kind"] == "ValidatingAdmissionPolicy"
 )
-# What `authorizer` is asked, word by word. The Role of rbac.yaml answers that the account may patch
-# the Deployment NAME.
+# The one form in which the policies use `authorizer`. By the Role of rbac.yaml, the account may
+# patch the Deployment NAME.
 AUTHORIZER = re.compile(
     r"authorizer\.group\('apps'\)\.resource\('deployments'\)\.namespace\(request\.namespace\)"
     r"\s*\.name\((.+?)\s*\)\s*\.check\('patch'\)\.allowed\(\)"
@@ -60,7 +72,7 @@ def evaluate(rule: Object, known: Object) -> Any:
 
 
 def judged(policy: Object, known: Object) -> Iterator[str]:
-    """The messages with which a policy refuses. An expression that cannot be evaluated refuses
+    """The messages with which a policy denies. An expression that cannot be evaluated denies
     (failurePolicy: Fail)."""
     met = [evaluate(each, known) for each in policy["matchConditions"]]
     assert None not in met
@@ -72,7 +84,9 @@ def judged(policy: Object, known: Object) -> Iterator[str]:
             known["variables"][each["name"]] = value
     for each in policy["validations"]:
         if evaluate(each, known) is not True:
-            yield str(each["message"])
+            by_expression = each.get("messageExpression")
+            said = by_expression and evaluate({"expression": by_expression}, known)
+            yield str(said or each["message"])
 
 
 def refusals(
@@ -81,10 +95,11 @@ def refusals(
     new: Object | None,
     labelled: Sequence[str] = ("queue-scaler",),
     others: Sequence[str] = (),
+    replica_sets: str | None = None,
     **more: Any,
 ) -> list[str]:
-    """The messages with which the policies refuse a request about a GROUP/RESOURCE, where there are
-    accounts with the label and without; none where they let it pass."""
+    """The messages with which the policies deny a request about a GROUP/RESOURCE, given accounts
+    with the label and without; none if they allow it."""
     group, _, name = resource.rpartition("/")
     request = {
         "operation": "UPDATE" if old else "CREATE",
@@ -95,11 +110,12 @@ def refusals(
         **more,
     }
     known = {"object": new, "oldObject": old, "request": request}
+    listed = {} if replica_sets is None else {"annotations": {REPLICA_SETS: replica_sets}}
     return [
         message
         for policy, accounts in ((RULES, labelled), (LABEL, others))
         for account in accounts
-        for params in [{"metadata": {"namespace": "default", "name": account}}]
+        for params in [{"metadata": {"namespace": "default", "name": account, **listed}}]
         for message in judged(policy, {**known, "variables": {}, "params": params})
     ]
 
@@ -155,14 +171,16 @@ def created(event: Object) -> Object:
 
 OPERATIONS = {"POST": "CREATE", "PATCH": "UPDATE", "DELETE": "DELETE"}
 OLD_GROUP = f"/apis/extensions/v1/namespaces/default/deployments/{NAME}"
+TOO_LONG = forbidden.annotate(**{COST: "1" * 12})  # the API server itself rejects it
 MORE = (
+    Act("pod: fill the cost", "PATCH", "/api/v1/namespaces/default/pods/own", TOO_LONG),
     Act("Event: change", "PATCH", "/api/v1/namespaces/default/events/new", {}),
     Act("Deployment: by another group", "PATCH", OLD_GROUP, {}),
 )
 
 
 def request_of(act: Act) -> tuple[str, str, str]:
-    """What an act is to admission: operation, GROUP/RESOURCE, and subresource."""
+    """An act as admission sees it: operation, GROUP/RESOURCE, and subresource."""
     asked = read_request(act.method, act.path, None, "", "")
     operation = "CONNECT" if asked.subresource == "exec" else OPERATIONS[act.method]
     return operation, f"{asked.group}/{asked.resource}", asked.subresource
@@ -181,7 +199,7 @@ def refused(act: Act) -> list[str]:
 
 
 def tried(acts: Iterable[Act]) -> list[Act]:
-    """Those that come to admission, in the namespace."""
+    """Those that reach admission, in the namespace."""
     return [act for act in acts if act.method in OPERATIONS and "/namespaces/default/" in act.path]
 
 
@@ -190,32 +208,42 @@ LIFE = tried(life("default", "own"))
 REQUESTS = {request_of(act) for act in LIFE}
 
 
-def test_most_acts_are_tried_here() -> None:
+def test_most_acts_reach_admission() -> None:
     assert len(FORBIDDEN) >= 80 and len(LIFE) >= 10
 
 
 @pytest.mark.parametrize("act", FORBIDDEN, ids=lambda act: act.what)
-def test_it_refuses(act: Act) -> None:
-    """Whatever is no request that the scaler makes, for that reason."""
+def test_it_denies(act: Act) -> None:
+    """Anything that is not a request of the scaler's is denied for that reason."""
     found = refused(act)
     assert found and ("may only patch" in found[0]) is (request_of(act) not in REQUESTS)
 
 
 @pytest.mark.parametrize("act", LIFE, ids=lambda act: act.what)
-def test_it_lets_the_scaler(act: Act) -> None:
+def test_it_allows_the_scaler_to(act: Act) -> None:
     assert not refused(act)
 
 
 @pytest.mark.parametrize(("pause", "replicas", "allowed"), PAUSES, ids=str)
-def test_a_pause_binds_it(pause: dict[str, str], replicas: int, allowed: bool) -> None:
+def test_a_pause_restricts_the_replicas(
+    pause: dict[str, str], replicas: int, allowed: bool
+) -> None:
     old = deployment(**pause)
     new = patched(old, {"spec": {"replicas": replicas}})
     assert (refusals("apps/deployments", old, new) == []) is allowed
-    for name in pause:
-        removal = forbidden.annotate(**{MINE + name: None})
-        assert refusals("apps/deployments", old, patched(old, removal)), f"it may remove {name}"
     stamp = forbidden.annotate(**{scaler.FAILING_SINCE: "2026-01-01T00:00:00Z"})
     assert not refusals("apps/deployments", old, patched(old, stamp))
+
+
+@pytest.mark.parametrize(("pause", "change", "allowed"), ENDINGS, ids=str)
+def test_it_may_remove_pauses_only_with_paused_until(
+    pause: dict[str, str], change: dict[str, str | None], allowed: bool
+) -> None:
+    old = deployment(**pause)
+    new = patched(old, forbidden.annotate(**{MINE + name: v for name, v in change.items()}))
+    assert (refusals("apps/deployments", old, new) == []) is allowed
+    scaled = patched(new, {"spec": {"replicas": 1}})
+    assert (refusals("apps/deployments", old, scaled) == []) is allowed, "in the same patch"
 
 
 def test_it_may_remove_the_last_annotation() -> None:
@@ -225,22 +253,63 @@ def test_it_may_remove_the_last_annotation() -> None:
     assert not refusals("apps/deployments", old, new)
 
 
+HASH = "7d4b9c6f5"
+REPLICA_SET = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "uid": "1", "controller": True}
+OTHERS: list[Object] = [
+    {"name": f"{OTHER}-{HASH}"}, {"name": f"{NAME}-canary-{HASH}"}, {"name": NAME},
+    {"name": NAME + "x" * 10}, {"kind": "StatefulSet"}, {"apiVersion": "example.com/v1"},
+    {"controller": False},
+]  # fmt: skip
+
+
+def marking(owners: list[Object], listed: str | None = None, label: str | None = HASH) -> list[str]:
+    """The denials for marking a pod with these owners and this hash, and a list of ReplicaSets."""
+    metadata = {"ownerReferences": owners, "labels": {"pod-template-hash": label}}
+    pod = merge(stored()["/pods"], {"metadata": metadata})
+    return refusals("/pods", pod, patched(pod, forbidden.MARK), replica_sets=listed)
+
+
 def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
-    metadata = stored()["/pods"]["metadata"]
-    end = f"-{metadata['labels']['pod-template-hash']}"
-    (owner,) = metadata["ownerReferences"]
-    others: list[Object] = [
-        {"name": OTHER + end}, {"name": f"{NAME}-canary{end}"}, {"name": NAME + len(end) * "x"},
-        {"kind": "StatefulSet"}, {"apiVersion": "example.com/v1"}, {"controller": False},
-    ]  # fmt: skip
-    for owners in ([owner], [], *([owner | other] for other in others)):
-        pod = merge(stored()["/pods"], {"metadata": {"ownerReferences": owners}})
-        found = refusals("/pods", pod, patched(pod, forbidden.MARK))
-        assert (found == []) is (owners == [owner]), owners
+    owner = REPLICA_SET | {"name": f"{NAME}-{HASH}"}
+    assert not marking([owner])
+    assert marking([]) == ["queue-scaler may mark only pods of a Deployment that it may patch"]
+    for other in OTHERS:
+        assert marking([owner | other]), other
+    assert marking([owner], label=None)
 
 
-def test_an_event_has_few_managed_fields_no_event_time_and_is_about_its_own_namespace() -> None:
-    """What a real API server itself refuses or writes."""
+@pytest.mark.parametrize(
+    ("name", "listed", "allowed"),
+    [
+        (f"old-name-{HASH}", f"old-name-{HASH}", True),
+        (f"old-name-{HASH}", "old-name", True),
+        (f"old-name-{HASH}", f"one, old-name-{HASH} ,two", True),
+        (f"old-name-{HASH}", "", False),
+        (f"old-name-{HASH}", ",", False),
+        (f"old-name-{HASH}", "old", False),
+        (f"old-name-{HASH}", "name", False),
+        (f"old-name-{HASH}", "*", False),
+        ("old-name-58d7f", "old-name", False),
+        ("by-hand", "by-hand", True),
+    ],
+)
+def test_it_may_mark_pods_of_replica_sets_that_its_account_lists(
+    name: str, listed: str, allowed: bool
+) -> None:
+    """An adopted ReplicaSet keeps its name, and a long name is truncated."""
+    owner = REPLICA_SET | {"name": name}
+    assert (marking([owner], listed) == []) is allowed
+    if "-name-" not in name:
+        assert (marking([owner], listed, label=None) == []) is allowed, "a pod without a hash"
+    [denial] = marking([owner])
+    assert f"ReplicaSet {name} is" in denial
+    assert f"annotation {REPLICA_SETS} of ServiceAccount queue-scaler" in denial
+    for other in OTHERS[-3:]:
+        assert marking([owner | other], listed)
+
+
+def test_an_event_may_not_carry_hidden_data_or_name_another_namespace() -> None:
+    """Which a real API server itself rejects or sets."""
     long = "f:" + "x" * 40
     too_much: list[Object] = [
         {f"f:{number}": {} for number in range(13)},
@@ -255,9 +324,9 @@ def test_an_event_has_few_managed_fields_no_event_time_and_is_about_its_own_name
         assert refusals("/events", None, created(forbidden.event("default", **change))), change
 
 
-def test_the_longest_history_that_looks_every_second_leave_fits_with_little_room() -> None:
-    """Both windows as long as they can be, the greatest numbers, and a past twice as long. That
-    the policies allow it is one of the acts."""
+def test_the_longest_history_of_a_poll_every_second_just_fits() -> None:
+    """The longest windows, the highest numbers, and a history twice as long. One of the acts is to
+    write it, which the policies allow."""
     now, most = 1767229200, scaler.INT32_MAX
     hours = dict.fromkeys((f"SCALE_{way}_STABILIZATION_SECONDS" for way in ("UP", "DOWN")), "3600")
     named = {"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs", "MAX_REPLICAS": str(most)}
@@ -271,7 +340,7 @@ def test_the_longest_history_that_looks_every_second_leave_fits_with_little_room
     assert 0.95 * 80_000 < len(longest) <= 80_000
 
 
-# managedFields before and after a scale, and what the API server itself does to the entries
+# managedFields before and after a rescale, and what the API server itself does to the entries
 
 
 def keys(*names: str, under: str = "annotations") -> Object:
@@ -289,6 +358,30 @@ from_a, merged = partial(entry, "a"), partial(entry, "ancient-changes")
 mine = partial(entry, "queue-scaler")
 CI, PERSON = entry("ci", "Apply", spec=TEMPLATE), entry("kubectl-annotate", metadata=PAUSE)
 OLD = from_a(spec=TEMPLATE)
+
+
+ENDED = keys(scaler.PAUSED, scaler.PAUSED_UNTIL)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "removed", "allowed"),
+    [
+        ([from_a(metadata=ENDED)], [], True, True),
+        ([from_a(metadata=ENDED)], [], False, False),
+        ([from_a(metadata={**ENDED, **LABEL_X})], [from_a(metadata=LABEL_X)], True, True),
+        ([from_a(metadata={**ENDED, **LABEL_X})], [], True, False),
+        ([from_a(metadata=ENDED, spec=TEMPLATE)], [merged(spec=TEMPLATE)], True, True),
+        ([], [mine(metadata=ENDED)], True, False),
+        ([], [from_a(metadata=ENDED)], True, False),
+    ],
+)
+def test_others_entries_may_lose_the_pauses_that_it_ends(
+    before: list[Object], after: list[Object], removed: bool, allowed: bool
+) -> None:
+    old = deployment(**{"paused": "true", "paused-until": forbidden.WHEN})
+    new = deployment() if removed else copy.deepcopy(old)
+    old["metadata"]["managedFields"], new["metadata"]["managedFields"] = before, after
+    assert (refusals("apps/deployments", old, new) == []) is allowed
 
 
 @pytest.mark.parametrize(
@@ -349,9 +442,16 @@ def test_others_entries_may_lose_what_it_sets(
     assert (refusals("apps/deployments", old, new) == []) is allowed
 
 
-# The scaler's whole life, and every field that there is
+# Everything that the scaler does, and every field of the objects
 
-OWN = (scaler.LAST_SCALE, scaler.LAST_SCALE_TIME, scaler.RECOMMENDATIONS, scaler.FAILING_SINCE)
+LEASE = MINE + "scale-down-lease"
+OWN = (
+    scaler.LAST_SCALE,
+    scaler.LAST_SCALE_TIME,
+    scaler.RECOMMENDATIONS,
+    scaler.FAILING_SINCE,
+    LEASE,
+)
 ALLOWED: dict[str, set[tuple[str, ...]]] = {
     "apps/deployments": {("spec", "replicas"), *(("metadata", "annotations", a) for a in OWN)},
     "/pods": {("metadata", "annotations", COST)},
@@ -389,15 +489,15 @@ def changed(obj: Object, leaf: tuple[str, ...], value: Any) -> Any:
     return merge(obj, value)
 
 
-# What the API server keeps up; managedFields are tested above.
-KEPT_UP = {("metadata", name) for name in ("generation", "resourceVersion", "managedFields")}
+# Maintained by the API server; managedFields are tested above.
+MAINTAINED = {("metadata", name) for name in ("generation", "resourceVersion", "managedFields")}
 
 
 @pytest.mark.parametrize("resource", ALLOWED)
-def test_a_change_is_allowed_of_exactly_these_fields(resource: str) -> None:
-    """Every field that there is, changed and removed, and some that there are not."""
+def test_exactly_these_fields_may_change(resource: str) -> None:
+    """Every field changed and removed, and some new ones added."""
     obj = stored()[resource]
-    there = leaves({part: obj[part] for part in ("metadata", "spec")}) - KEPT_UP
+    there = leaves({part: obj[part] for part in ("metadata", "spec")}) - MAINTAINED
     names = {*OWN, COST, scaler.PAUSED, scaler.PAUSED_UNTIL, "new"}
     more = {("metadata", "annotations", name) for name in names}
     more |= {(part, "a-future-field", "x") for part in ("metadata", "spec")}
@@ -408,11 +508,11 @@ def test_a_change_is_allowed_of_exactly_these_fields(resource: str) -> None:
     assert gone == ({REMOVABLE} if resource == "apps/deployments" else set())
 
 
-# Accounts and the bound
+# Accounts and the limit
 
 
 @pytest.mark.parametrize(("name", "here", "labelled", "manager", "words"), ACCOUNTS)
-def test_it_is_for_the_labelled(
+def test_only_labeled_accounts_are_restricted(
     name: str, here: bool, labelled: bool, manager: str, words: str
 ) -> None:
     accounts = {True: ["another"], False: ["default"]}
@@ -435,7 +535,7 @@ def test_a_person_is_never_restricted(user: str) -> None:
 
 
 @pytest.mark.parametrize(("new", "allowed"), [(BOUND + 10, True), (BOUND + 31, False)])
-def test_a_number_over_the_bound_may_only_stay_or_fall(new: int, allowed: bool) -> None:
+def test_a_number_above_the_bound_may_only_stay_or_fall(new: int, allowed: bool) -> None:
     before = patched(deployment(), {"spec": {"replicas": BOUND + 30}})
     stays = forbidden.annotate(**{scaler.LAST_SCALE: "x"})
     assert not refusals("apps/deployments", before, patched(before, stays))
@@ -443,7 +543,7 @@ def test_a_number_over_the_bound_may_only_stay_or_fall(new: int, allowed: bool) 
     assert (refusals("apps/deployments", before, after) == []) is allowed
 
 
-def test_the_bound_is_one_number_on_the_page_too_and_the_range_of_the_example_lies_within() -> None:
+def test_the_docs_state_the_bound_and_the_example_range_is_within_it() -> None:
     variables = {each["name"]: each["expression"] for each in RULES["variables"]}
     assert variables["maxReplicas"] == str(BOUND)
     assert settings().max_replicas <= BOUND
@@ -451,11 +551,11 @@ def test_the_bound_is_one_number_on_the_page_too_and_the_range_of_the_example_li
 
 
 def test_each_account_is_the_parameter_of_one_of_the_two_policies_and_both_deny() -> None:
-    """The rules are about all in a namespace, and the label about Deployments."""
+    """The rules match everything in a namespace, the label policy only Deployments."""
     (label,) = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
     every = {key: ["*"] for key in ("apiGroups", "apiVersions", "operations")}
     everything = {**every, "resources": ["*/*"], "scope": "Namespaced"}
-    updates = {**every, "apiGroups": ["apps"], "operations": ["UPDATE"]}
+    updates = {**every, "apiGroups": ["apps"], "operations": ["UPDATE"], "scope": "*"}
     matches: tuple[Object, Object] = (
         {"matchPolicy": "Exact", "resourceRules": [everything]},
         {"resourceRules": [{**updates, "resources": ["deployments"]}]},

@@ -1,8 +1,9 @@
 """What the scaler's account may do on a cluster, and what it may not.
 
-As that account (kubectl --as), first all that the scaler ever does, which has to be allowed, then
-all of `acts`, which has to be refused and to change nothing. No pod has to run for it, so a control
-plane without nodes is enough.
+As that account (kubectl --as), first everything that the scaler does, which has to be allowed, then
+all of `acts`, which have to be denied and to change nothing. No pod has to run, so a control plane
+without nodes is enough. `check_guardrails` is for an administrator: are the guardrails of this
+cluster still in force?
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from tests.e2e.kubectl import (
+    GUARDRAILS,
     REPOSITORY,
     Answer,
     Ask,
@@ -34,6 +36,7 @@ NAME = "eventstorming-generator"  # the Deployment of rbac.yaml
 OTHER = "bystander"
 MINE = "queue-scaler/"
 COST = "controller.kubernetes.io/pod-deletion-cost"
+REPLICA_SETS = MINE + "replica-sets"  # on the ServiceAccount
 FOREIGN = {"example.com/owner": "team-a", "example.com/note": "hands off"}
 BOUND = 20  # of guardrails.yaml
 MANAGER = "?fieldManager=queue-scaler"
@@ -129,7 +132,7 @@ def paths(namespace: str) -> tuple[str, str]:
     return f"/apis/apps/v1/namespaces/{namespace}/deployments", f"/api/v1/namespaces/{namespace}"
 
 
-def life(namespace: str, pod: str) -> Iterator[Act]:
+def life(namespace: str, pod: str, bound: int = BOUND) -> Iterator[Act]:
     """All that the scaler ever asks of the API server, in the forms in which it does."""
     deployments, core = paths(namespace)
     mine = f"{deployments}/{NAME}"
@@ -140,17 +143,23 @@ def life(namespace: str, pod: str) -> Iterator[Act]:
         return Act(what, "PATCH", mine + MANAGER, {**body, **scale})
 
     yield Act("read the Deployment", "GET", mine)
-    yield Act("list its pods", "GET", f"{core}/pods?labelSelector=app%3D{NAME}&limit=500")
+    replica_sets = f"/apis/apps/v1/namespaces/{namespace}/replicasets"
+    live = "fieldSelector=status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed"
+    selected = f"labelSelector=app%3D{NAME}&limit=500"
+    yield Act("list its ReplicaSets", "GET", f"{replica_sets}?{selected}")
+    yield Act("list its pods", "GET", f"{core}/pods?{selected}&{live}")
     yield patch("scale up", 3, last_scale="up 2->3", last_scale_time=WHEN)
     yield Act("write the Event of it", "POST", f"{core}/events{MANAGER}", event(namespace))
     yield patch("remember the longest history", None, recommendations=history(1767229200))
     yield patch("remember that the queue fails", None, queue_failing_since=WHEN)
-    yield patch("scale to the bound", BOUND, last_scale=f"up 3->{BOUND}", last_scale_time=WHEN)
-    for cost in ("2147483647", "0"):
+    yield patch("scale to the bound", bound, last_scale=f"up 3->{bound}", last_scale_time=WHEN)
+    yield patch("take the lease", None, scale_down_lease=f"{WHEN} -2147483648")
+    for cost in ("-205000000", "-2147483648", None):
         mark = annotate(**{COST: cost})
-        yield Act(f"mark a pod with {cost}", "PATCH", f"{core}/pods/{pod}{MANAGER}", mark)
-    down = {"last_scale": f"down {BOUND}->0", "last_scale_time": "2026-01-01T00:10:00Z"}
-    yield patch("scale to zero", 0, recommendations=None, queue_failing_since=None, **down)
+        yield Act(f"set a pod's cost to {cost}", "PATCH", f"{core}/pods/{pod}{MANAGER}", mark)
+    down = {"last_scale": f"down {bound}->0", "last_scale_time": "2026-01-01T00:10:00Z"}
+    gone = dict.fromkeys(("recommendations", "queue_failing_since", "scale_down_lease"))
+    yield patch("scale to zero", 0, **gone, **down)
     yield patch("scale up from zero", 2, last_scale="up 0->2", last_scale_time=WHEN)
     yield patch("remove what an older version left", None, of_an_older_version=None)
 
@@ -198,7 +207,6 @@ TO_A_DEPLOYMENT: dict[str, Any] = {
         {"spec": {"template": {"metadata": {"annotations": {"example.com/restarted": "now"}}}}},
     "pause the rollout": {"spec": {"paused": True}},
     "change the strategy": {"spec": {"strategy": {"type": "Recreate", "rollingUpdate": None}}},
-    "set more replicas than the bound": {"spec": {"replicas": BOUND + 1}},
     "forge others' records: more of the spec":
         forged(lambda entry, _: entry["fieldsV1"]["f:spec"].update({"f:strategy": {}})),
     "forge others' records: a pause":
@@ -213,6 +221,7 @@ TO_A_DEPLOYMENT: dict[str, Any] = {
     "fill the time of the last scale": annotate(**{MINE + "last-scale-time": "1" * 65}),
     "fill the last scale": annotate(**{MINE + "last-scale": "1" * 65}),
     "fill the time of a failure": annotate(**{MINE + "queue-failing-since": "1" * 65}),
+    "fill the lease": annotate(**{MINE + "scale-down-lease": "1" * 65}),
     "write a history that is not in ASCII": annotate(**{MINE + "recommendations": "\u00e9"}),
     "end a person's pause": annotate(**{MINE + "paused-until": WHEN}),
     "add one whose name only begins like ours": annotate(**{"queue-scaler.io/a": "x"}),
@@ -257,12 +266,13 @@ EVENTS: dict[str, Object] = {
 }
 
 
-def acts(namespace: str, elsewhere: str, name: str) -> Iterator[Act]:
-    """All that has to be refused. First what its Role allows: to patch its Deployment and its pods,
-    and to create Events. Then other requests, other kinds, and its own rights."""
+def acts(namespace: str, elsewhere: str, name: str, bound: int = BOUND) -> Iterator[Act]:
+    """All that has to be denied. First what its Role allows: to patch its Deployment and its pods,
+    and to create Events. Then other requests, other kinds, and its own permissions."""
     deployments, core = paths(namespace)
     mine, pod = f"{deployments}/{NAME}", f"{core}/pods/{name}"
-    for what, body in TO_A_DEPLOYMENT.items():
+    too_many = {"set more replicas than the bound": {"spec": {"replicas": bound + 1}}}
+    for what, body in {**TO_A_DEPLOYMENT, **too_many}.items():
         yield Act(f"Deployment: {what}", "PATCH", mine + MANAGER, body)
     for what, body in TO_A_POD.items():
         yield Act(f"pod: {what}", "PATCH", pod + MANAGER, body)
@@ -305,7 +315,12 @@ def acts_without_a_body(namespace: str, elsewhere: str, pod: str) -> Iterator[Ac
         ("GET", core, [*pods, *others]),
         ("DELETE", core, ["/pods", f"/pods/{pod}", "/events"]),
         ("POST", f"{core}/pods/{pod}", ["/exec?command=id&stdout=true"]),
-        ("GET", f"/apis/apps/v1/namespaces/{namespace}", ["/replicasets"]),
+        (
+            "GET",
+            f"/apis/apps/v1/namespaces/{namespace}",
+            ["/replicasets?watch=true", f"/replicasets/{NAME}", "/statefulsets"],
+        ),
+        ("DELETE", f"/apis/apps/v1/namespaces/{namespace}", ["/replicasets"]),
         ("GET", f"/apis/batch/v1/namespaces/{namespace}", ["/jobs", "/cronjobs/queue-scaler"]),
         ("GET", f"/apis/{RBAC}/v1/namespaces/{namespace}", ["/rolebindings"]),
         ("GET", "", [f"{there}/{NAME}", f"{core_there}/pods", "/apis/apps/v1/deployments"]),
@@ -332,8 +347,8 @@ def acts_about_others(namespace: str) -> Iterator[Act]:
 # Where the Role grants everything, that is a Deployment which the account may patch.
 OPENED = "Event: about another Deployment"
 
-# What people have set on the Deployment, the replicas (2 before) that the account asks for, and
-# whether it gets them. It never may remove what they have set.
+# What the user has set on the Deployment, the replicas (2 before) that the account requests, and
+# whether that is allowed.
 TRUE = "true"
 PAUSES: list[tuple[dict[str, str], int, bool]] = [
     ({"paused": TRUE}, 0, False),
@@ -354,13 +369,32 @@ PAUSES: list[tuple[dict[str, str], int, bool]] = [
     ({"paused-scale-in": TRUE, "paused-replicas": "1"}, 1, True),
     ({"paused": TRUE, "paused-until": WHEN}, 0, True),
 ]
+# What the user has set, what the account then changes, and whether that is allowed: only to remove
+# paused-until, and pauses together with it.
+UNTIL = {"paused-until": WHEN}
+ALL_FIVE = dict.fromkeys(("paused", "paused-scale-in", "paused-scale-out"), TRUE)
+ALL_FIVE |= {"paused-replicas": "5", **UNTIL}
+ENDINGS: list[tuple[dict[str, str], dict[str, str | None], bool]] = [
+    (UNTIL, {"paused-until": None}, True),
+    (ALL_FIVE, dict.fromkeys(ALL_FIVE), True),
+    ({"paused": TRUE, **UNTIL}, {"paused": None, "paused-until": None}, True),
+    ({"paused": TRUE, **UNTIL}, {"paused-until": None}, True),
+    ({"paused": TRUE, **UNTIL}, {"paused": None}, False),
+    ({"paused": TRUE, **UNTIL}, {"paused": "false", "paused-until": None}, False),
+    ({"paused": TRUE, **UNTIL}, {"paused-replicas": "0", "paused-until": None}, False),
+    ({"paused": TRUE, **UNTIL}, {"paused-until": "2099-01-01T00:00:00Z"}, False),
+    ({"paused": TRUE}, {"paused": None, "paused-until": WHEN}, False),
+    ({"paused": TRUE}, {"paused": None}, False),
+    ({"paused-replicas": "5"}, {"paused-replicas": None}, False),
+    ({"paused-scale-in": TRUE}, {"paused-scale-in": None}, False),
+    ({"paused-scale-out": TRUE}, {"paused-scale-out": None}, False),
+]
 
 
-# Accounts that may edit all Deployments: the name, whether it is of the Deployment's namespace,
-# whether it has the label, in which manager's name it labels pods, and with which words it is
-# refused that, if at all. As kustomize names the scaler's by prefix or suffix, as others name
-# theirs, and without the label.
-RULES, LABEL = "queue-scaler may change nothing of", "needs the label"
+# Accounts that may edit all Deployments, with names as kustomize makes them or as others choose
+# them: the name, whether it is in the Deployment's namespace, whether it has the label, as which
+# field manager it labels pods, and the words of the denial, if any.
+RULES, LABEL = "queue-scaler may change nothing in", "needs the label"
 Someone = tuple[str, bool, bool, str, str]
 ACCOUNTS: list[Someone] = [
     ("prodqueue-scaler", True, True, "queue-scaler", RULES),
@@ -401,11 +435,11 @@ def own_pod(namespace: str, name: str = NAME) -> str:
     return eventually(pod, 60, f"two pods of {name}")
 
 
-def labelling(namespace: str, manager: str = "") -> Act:
-    """A change that every account with a usual Role may make, but not the scaler's."""
+def labelling(namespace: str, manager: str = "", name: str = NAME) -> Act:
+    """A dry run of a change that any account with a usual Role may make, but not the scaler's."""
     query = "?dryRun=All" + (f"&fieldManager={manager}" if manager else "")
     body = TO_A_DEPLOYMENT["label the pods"]
-    return Act("label the pods", "PATCH", f"{paths(namespace)[0]}/{NAME}{query}", body)
+    return Act("label the pods", "PATCH", f"{paths(namespace)[0]}/{name}{query}", body)
 
 
 def by_guardrails(answer: Answer) -> bool:
@@ -428,17 +462,23 @@ def type_checks() -> str:
     return json.dumps(found) if [f.get("observedGeneration") for f in found] == current else ""
 
 
+def bound_in_force() -> int:
+    """maxReplicas, which an administrator may have edited."""
+    variables = read("validatingadmissionpolicies", "queue-scaler")["spec"]["variables"]
+    return next(int(each["expression"]) for each in variables if each["name"] == "maxReplicas")
+
+
 def try_account(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
-    here = namespaces[0]
+    here, bound = namespaces[0], bound_in_force()
     with checks.that("guardrails.yaml has no type warnings"):
         said = eventually(type_checks, 30, "a type check")
         assert '"warning":' not in said, said
-    for act in life(here, own_pod(here)):
+    for act in life(here, own_pod(here), bound):
         answer = tried(ask, act)
         checks.note(f"may: {act.what}", 200 <= answer.status < 300, answer)
     pod = own_pod(here)
     before = state(namespaces, pod)
-    for act in [*acts(here, namespaces[1], pod), *acts_about_others(here)]:
+    for act in [*acts(here, namespaces[1], pod, bound), *acts_about_others(here)]:
         answer = tried(ask, act)
         by = "admission" if by_guardrails(answer) else "RBAC"
         checks.note(f"may not: {act.what}", answer.status == 403, answer, f"  ({by})")
@@ -450,30 +490,58 @@ def try_account(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
 def try_pauses(checks: Checks, ask: Ask, namespace: str) -> None:
     path = f"{paths(namespace)[0]}/{NAME}{MANAGER}&dryRun=All"
     annotating = ("annotate", "--overwrite", "-n", namespace, "deployment", NAME)
+
+    def attempt(what: str, body: Object, allowed: bool) -> None:
+        answer = ask("PATCH", path, body)
+        right = answer.status == 200 if allowed else by_guardrails(answer)
+        checks.note(f"{'may' if allowed else 'may not'}: {what}", right, answer)
+
     for pause, replicas, allowed in PAUSES:
         kubectl(*annotating, *(f"{MINE}{name}={value}" for name, value in pause.items()))
-        tries = [(f"set {replicas}", {"spec": {"replicas": replicas}}, allowed)]
-        tries += [(f"remove {each}", annotate(**{MINE + each: None}), False) for each in pause]
-        tries += [("stamp a failure", annotate(**{MINE + "queue-failing-since": WHEN}), True)]
-        for what, body, may in tries:
-            answer = ask("PATCH", path, body)
-            right = answer.status == 200 if may else by_guardrails(answer)
-            checks.note(f"{'may' if may else 'may not'}: {what} where {pause}", right, answer)
+        stamp = annotate(**{MINE + "queue-failing-since": WHEN})
+        attempt(f"set {replicas} replicas with {pause}", {"spec": {"replicas": replicas}}, allowed)
+        attempt(f"record a failure with {pause}", stamp, True)
+        kubectl(*annotating, *(f"{MINE}{name}-" for name in pause))
+    for pause, change, allowed in ENDINGS:
+        kubectl(*annotating, *(f"{MINE}{name}={value}" for name, value in pause.items()))
+        change_it = annotate(**{MINE + name: value for name, value in change.items()})
+        attempt(f"set {change} with {pause}", change_it, allowed)
         kubectl(*annotating, *(f"{MINE}{name}-" for name in pause))
 
 
+def try_replica_sets(checks: Checks, ask: Ask, namespace: str) -> None:
+    """Pods whose ReplicaSet has another name than the Deployment: those that the account lists."""
+    pods, annotating = f"{paths(namespace)[1]}/pods", ("annotate", "serviceaccount", "queue-scaler")
+
+    def mark(pod: str) -> Answer:
+        return ask("PATCH", f"{pods}/{pod}{MANAGER}&dryRun=All", MARK)
+
+    strange = own_pod(namespace, OTHER)
+    answer = mark(strange)
+    told = by_guardrails(answer) and REPLICA_SETS in answer.message
+    checks.note("the denial names the annotation that lists ReplicaSets", told, answer)
+    for listed in (OTHER, f"x, {strange.rpartition('-')[0]}"):
+        kubectl(*annotating, "-n", namespace, f"{REPLICA_SETS}={listed}")
+        with checks.that(f"may: mark a pod of a listed ReplicaSet ({listed})"):
+            eventually(lambda: mark(strange).status == 200, 15, "the annotation in force")
+        answer = mark(OTHER)
+        checks.note("may not: mark a pod without a ReplicaSet", by_guardrails(answer), answer)
+        kubectl(*annotating, "-n", namespace, f"{REPLICA_SETS}-")
+        eventually(lambda: by_guardrails(mark(strange)), 15, "the annotation gone")
+
+
 def try_wide_role(checks: Checks, ask: Ask, namespaces: list[str]) -> None:
-    """The Role opened to everything: the guardrails refuse every write by themselves."""
+    """A Role that allows everything: the guardrails deny every write by themselves."""
     here = namespaces[0]
     widen = json.dumps(EVERYTHING)
     kubectl("patch", "role", "queue-scaler", "-n", here, "--type=merge", "-p", widen)
     secret = f"{paths(here)[1]}/secrets/{OTHER}"
     eventually(lambda: ask("GET", secret).status == 200, 30, "the wider Role")
-    for act in acts(here, namespaces[1], own_pod(here)):
+    for act in acts(here, namespaces[1], own_pod(here), bound_in_force()):
         within = f"/namespaces/{here}/" in act.path
         if within and act.method != "GET" and act.what != OPENED:
             answer = tried(ask, act)
-            name = f"may not, with every right in the namespace: {act.what}"
+            name = f"may not, with all permissions in the namespace: {act.what}"
             checks.note(name, by_guardrails(answer), answer)
 
 
@@ -516,7 +584,40 @@ def check_rights(checks: Checks) -> None:
             forbidden = labelling(here)
             eventually(lambda: by_guardrails(tried(ask, forbidden)), 60, "the policy in force")
             try_account(checks, ask, namespaces)
+            try_replica_sets(checks, ask, here)
             for each in ACCOUNTS:
                 try_name(checks, namespaces, each)
             try_wide_role(checks, ask, namespaces)
             try_pauses(checks, ask, here)
+
+
+def scalers() -> Iterator[tuple[str, str, str]]:
+    """Namespace, account and Deployment of each scaler in the cluster."""
+    for cronjob in read("cronjobs", "-A", "-l", "app=queue-scaler")["items"]:
+        pod = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        values = {each["name"]: each.get("value", "") for each in pod["containers"][0]["env"]}
+        account_name = pod.get("serviceAccountName", "default")
+        yield cronjob["metadata"]["namespace"], account_name, values.get("DEPLOYMENT", "")
+
+
+def without_bound(spec: Object) -> Object:
+    kept = [each for each in spec.get("variables", []) if each["name"] != "maxReplicas"]
+    return {**spec, "variables": kept}
+
+
+def check_guardrails(checks: Checks) -> bool:
+    """Whether the cluster's guardrails are those of guardrails.yaml, apart from maxReplicas, and
+    deny a change to each scaler's account. Changes nothing."""
+    failed = checks.failed
+    applied = kubectl("apply", "--dry-run=server", "-f", GUARDRAILS, "-o", "json")
+    for each in json.loads(applied)["items"]:
+        name = f"{each['kind'].lower()}/{each['metadata']['name']}"
+        with checks.that(f"in force as in guardrails.yaml: {name}"):
+            there = without_bound(read(name)["spec"])
+            assert there == without_bound(each["spec"]), "not as in guardrails.yaml: apply it again"
+    for namespace, name, deployment_name in scalers():
+        with checks.that(f"denied: a change of its Deployment's pods by {namespace}/{name}"):
+            with account(namespace, name) as ask:
+                answer = ask(*astuple(labelling(namespace, name=deployment_name))[1:])
+            assert by_guardrails(answer), answer
+    return checks.failed == failed

@@ -6,23 +6,27 @@
         ...  # run a client with FIRESTORE_EMULATOR_HOST=queue.host
         assert [call.reads_billed for call in queue.calls] == [0, 0, 1]
 
-It has what the scaler's tests use: counts and queries, with filters that compare numbers and text,
-with a limit and with selected fields. tests/test_firestore_contract.py asks it and the official
-emulator the same questions; all else is UNIMPLEMENTED. It has every index: a missing one is a
-fault, `missing_index()`.
+It has what the scaler's tests use: counts and queries of one collection, with comparisons joined by
+AND and OR, in ascending order, with a limit and with selected fields. All else is UNIMPLEMENTED.
+tests/test_firestore_contract.py asks it and the official emulator the same questions. It has every
+index: a missing one is a fault, `missing_index()`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from threading import Event, RLock
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
+from google.auth.credentials import AnonymousCredentials
+from google.cloud.firestore import Client, DocumentReference
 from google.cloud.firestore_v1._helpers import decode_value, encode_dict, set_field_value
 from google.cloud.firestore_v1.field_path import FieldPath, parse_field_path
 from google.cloud.firestore_v1.types import document, firestore
@@ -35,7 +39,11 @@ Fields = Mapping[str, Any]
 
 MAX_DISJUNCTIONS = 30
 INDEX_ENTRIES_PER_READ = 1_000
-OPERATORS = {3: ">", 5: "==", 6: "!=", 8: "in"}
+OPERATORS = {1: "<", 2: "<=", 3: ">", 4: ">=", 5: "==", 6: "!=", 8: "in"}
+OR = 2
+COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
 
 
 class Refused(Exception):
@@ -51,7 +59,9 @@ class Call:
     """One call as the server saw it."""
 
     kind: str  # "count" or "query"
-    filters: tuple[tuple[str, str, Any], ...]
+    collection: str
+    filters: tuple[tuple[str, str, Any], ...]  # of all alternatives, one after another
+    order_by: tuple[str, ...]
     limit: int | None
     select: tuple[str, ...] | None
     reads_billed: int = 0
@@ -108,6 +118,7 @@ def missing_index(project: str = "demo-queue") -> Fail:
 class FakeFirestore:
     def __init__(self, project: str = "demo-queue") -> None:
         self.project, self.host = project, ""
+        self._client = Client(project, AnonymousCredentials())  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self._documents: dict[str, Fields] = {}
         self._faults: list[Rule] = []
@@ -178,7 +189,7 @@ class FakeFirestore:
         )
 
     def _serve(self, kind: str, request: Pb, context: Any) -> Any:
-        call = describe(kind, query_of(request))
+        call = describe(kind, request, self._client)
         with self._lock:
             self.calls.append(call)
             due = [rule.act for rule in self._hooks if rule.due(call)]
@@ -203,17 +214,25 @@ class FakeFirestore:
             message = f"The database {place[3]} does not exist for project {self.project}"
             raise Refused(StatusCode.NOT_FOUND, message)
         check(query, call)
-        collection = "/".join([*place[5:], query.from_[0].collection_id])
-        tests = [matcher(*one) for one in call.filters]
+        matches = matcher(query.where, self._client)
+        # Inequalities order as well, and an order leaves out documents without the field.
+        unequal = {name for name, op, _ in call.filters if op not in ("==", "in")}
+        order = [parse_field_path(name) for name in (*call.order_by, *sorted(unequal))]
         found = (
             (path, fields)
             for path, fields in self._documents.items()
-            if path.rpartition("/")[0] == collection and all(test(fields) for test in tests)
+            if path.rpartition("/")[0] == call.collection
+            and matches(fields)
+            and all(at(fields, name) is not MISSING for name in order)
         )
         if call.kind == "count":
             seen = sum(1 for _ in itertools.islice(found, call.limit))
             return [count_of(request, seen)], max(1, -(-seen // INDEX_ENTRIES_PER_READ))
-        root, chosen = "/".join(place[:5]), sorted(found)[: call.limit]
+
+        def rank(one: tuple[str, Fields]) -> tuple[list[Any], str]:
+            return [comparable(at(one[1], name)) for name in order], one[0]
+
+        root, chosen = "/".join(place[:5]), sorted(found, key=rank)[: call.limit]
         answers = [document_of(f"{root}/{path}", fields, call.select) for path, fields in chosen]
         return answers or [firestore.RunQueryResponse(done=True)], max(1, len(answers))
 
@@ -254,36 +273,58 @@ def query_of(request: Pb) -> Pb:
     return (request.structured_aggregation_query if counting else request).structured_query
 
 
-def describe(kind: str, query: Pb) -> Call:
+def describe(kind: str, request: Pb, client: Client) -> Call:
+    query = query_of(request)
     selected = tuple(one.field_path for one in query.select.fields)
-    limit = query.limit.value if query.HasField("limit") else None
-    select = selected if query.HasField("select") else None
-    return Call(kind, tuple(leaves(query.where)), limit, select)
+    return Call(
+        kind,
+        collection="/".join([*request.parent.split("/")[5:], query.from_[0].collection_id]),
+        filters=tuple(parse_leaf(leaf, client) for leaf in leaves(query.where)),
+        order_by=tuple(one.field.field_path for one in query.order_by),
+        limit=query.limit.value if query.HasField("limit") else None,
+        select=selected if query.HasField("select") else None,
+    )
 
 
-def leaves(where: Pb) -> Iterator[tuple[str, str, Any]]:
-    """Field, operator and value of every filter; the operators that are missing here are ""."""
+def leaves(where: Pb) -> Iterator[Pb]:
     for part in where.composite_filter.filters:
         yield from leaves(part)
+    if where.WhichOneof("filter_type") in ("unary_filter", "field_filter"):
+        yield where
+
+
+def parse_leaf(where: Pb, client: Client) -> tuple[str, str, Any]:
+    """Field, operator and value of one filter; an operator that is missing here is ""."""
     if where.HasField("unary_filter"):
-        yield where.unary_filter.field.field_path, "", None
-    if where.HasField("field_filter"):
-        leaf = where.field_filter
-        yield leaf.field.field_path, OPERATORS.get(leaf.op, ""), decode_value(leaf.value, None)
+        return where.unary_filter.field.field_path, "", None
+    leaf = where.field_filter
+    return leaf.field.field_path, OPERATORS.get(leaf.op, ""), decode_value(leaf.value, client)
+
+
+def disjunctions(where: Pb) -> int:
+    """How many a filter comes to once it is a list of alternatives without lists."""
+    if where.HasField("composite_filter"):
+        parts = map(disjunctions, where.composite_filter.filters)
+        return sum(parts) if where.composite_filter.op == OR else math.prod(parts)
+    leaf = where.field_filter
+    return len(leaf.value.array_value.values) if OPERATORS.get(leaf.op) == "in" else 1
 
 
 def check(query: Pb, call: Call) -> None:
     """Refuses what Firestore refuses, and what this fake has not."""
     unknown = {field.name for field, _ in query.ListFields()}
-    unknown -= {"from_", "where", "limit", "select"}
-    for _, op, value in call.filters:
-        if not op or any(typed(one)[0] not in (float, str) for one in values(op, value)):
-            unknown.add("this filter")
-    if unknown or query.where.composite_filter.op > 1 or query.from_[0].all_descendants:
-        raise Refused(StatusCode.UNIMPLEMENTED, f"not in this fake: OR, groups, {unknown}")
-    terms = math.prod(len(many) for _, op, many in call.filters if op == "in")
-    if not 1 <= terms <= MAX_DISJUNCTIONS:
-        message = f"{terms} disjunctions: 'IN' takes 1 to {MAX_DISJUNCTIONS} values, all together"
+    unknown -= {"from_", "where", "order_by", "limit", "select"}
+    if any(not op for _, op, _ in call.filters):
+        unknown.add("this filter")
+    if any(one.direction > 1 for one in query.order_by):
+        unknown.add("descending order")
+    if query.from_[0].all_descendants:
+        unknown.add("collection groups")
+    if unknown:
+        raise Refused(StatusCode.UNIMPLEMENTED, f"not in this fake: {unknown}")
+    number = disjunctions(query.where)
+    if not 1 <= number <= MAX_DISJUNCTIONS:
+        message = f"{number} disjunctions; Firestore takes 1 to {MAX_DISJUNCTIONS}"
         raise Refused(StatusCode.INVALID_ARGUMENT, message)
 
 
@@ -292,14 +333,22 @@ def check(query: Pb, call: Call) -> None:
 MISSING = object()
 
 
-def values(op: str, given: Any) -> Sequence[Any]:
-    """What a filter compares with."""
-    return given if op == "in" else [given]
+# The types in Firestore's order.
+TYPES: tuple[type | tuple[type, ...], ...] = (
+    type(None), bool, (int, float), datetime, str, bytes, DocumentReference, list, dict,
+)  # fmt: skip
 
 
-def typed(value: Any) -> tuple[type, Any]:
-    """A value as Firestore compares it: with those of its own type alone."""
-    return float if type(value) is int else type(value), value
+def comparable(value: Any) -> tuple[int, Any]:
+    """A value as Firestore sorts it: by its type first."""
+    rank = next(rank for rank, kind in enumerate(TYPES) if isinstance(value, kind))
+    if isinstance(value, DocumentReference):
+        value = value.path.split("/")
+    elif isinstance(value, list):
+        value = [comparable(one) for one in value]
+    elif isinstance(value, dict):
+        value = sorted((name, comparable(one)) for name, one in value.items())
+    return rank, value
 
 
 def at(fields: Any, path: Sequence[str]) -> Any:
@@ -308,16 +357,24 @@ def at(fields: Any, path: Sequence[str]) -> Any:
     return fields
 
 
-def matcher(name: str, op: str, given: Any) -> Callable[[Fields], bool]:
+def matcher(where: Pb, client: Client) -> Callable[[Fields], bool]:
+    if where.HasField("composite_filter"):
+        parts = [matcher(part, client) for part in where.composite_filter.filters]
+        combine = any if where.composite_filter.op == OR else all
+        return lambda fields: combine(part(fields) for part in parts)
+    if not where.HasField("field_filter"):
+        return lambda fields: True
+    name, op, given = parse_leaf(where, client)
     path = parse_field_path(name)
-    wanted = [typed(one) for one in values(op, given)]
+    wanted = [comparable(one) for one in (given if op == "in" else [given])]
 
     def matches(fields: Fields) -> bool:
-        found = typed(at(fields, path))
-        if found[1] is MISSING or found[1] is None:
+        value = at(fields, path)
+        if value is MISSING or value is None:
             return False
-        if op == ">":
-            return found[0] is wanted[0][0] and found > wanted[0]
+        found = comparable(value)
+        if compare := COMPARISONS.get(op):
+            return found[0] == wanted[0][0] and compare(found, wanted[0])
         return (found in wanted) is (op != "!=")
 
     return matches
@@ -326,7 +383,7 @@ def matcher(name: str, op: str, given: Any) -> Callable[[Fields], bool]:
 def document_of(name: str, fields: Fields, select: Sequence[str] | None) -> Any:
     if select is not None:
         shown: dict[str, Any] = {}
-        for path in select:
+        for path in set(select) - {"__name__"}:
             if (value := at(fields, parse_field_path(path))) is not MISSING:
                 set_field_value(shown, FieldPath.from_api_repr(path), value)
         fields = shown

@@ -128,10 +128,12 @@ class World:
         def clock() -> datetime:
             return self.now or datetime.now(UTC)
 
+        pause = self.pass_time if self.now else time.sleep
+
         out, err = io.StringIO(), io.StringIO()
         own = mock.patch.dict(os.environ, environ, clear=True)
         with own, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            exit_code = scaler.execute(arguments, environ, clock)
+            exit_code = scaler.execute(arguments, environ, clock, pause)
         return out.getvalue(), err.getvalue(), exit_code
 
     def pass_time(self, seconds: float = 60) -> None:
