@@ -7,7 +7,7 @@ import random
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -108,38 +108,59 @@ class Naive:
                 self.queue.put(f"jobs/{job}", {"status": status, "assignedPodId": pods.get(job)})
 
 
-def real_replicas(
-    jobs: Sequence[Job], environ: Mapping[str, str], pod_start: int, looks: int, directory: Path
-) -> Iterator[int]:
-    """The replicas after each run of the real script."""
-    now = BEGIN
+@dataclass
+class Course(World):
+    """The naive workers go on while time passes; `looks` are when the script looked, in seconds
+    from the start, and the replicas after that."""
+
+    naive: Naive = field(init=False)
+    looks: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def second(self) -> int:
+        assert self.now
+        return int(self.now.timestamp())
+
+    def pass_time(self, seconds: float = 60) -> None:
+        """Between two looks, and at the end of a run. The script counts the time that it took
+        itself, and a little more for the end of a delay; here both take none."""
+        replicas = self.replicas
+        assert replicas is not None
+        self.looks.append((self.second - BEGIN, replicas))
+        self.naive.see_pods(self.second, self.naive.pod_start)
+        self.naive.work(self.second)
+        for _ in range(round(seconds)):
+            super().pass_time(1)
+            self.naive.work(self.second)
+        self.naive.show()
+
+
+def real_looks(
+    jobs: Sequence[Job], environ: Mapping[str, str], pod_start: int, minutes: int, directory: Path
+) -> list[tuple[int, int]]:
+    """The looks of the real script, a run a minute."""
+    course: Course
     with (
-        FakeKubernetes(clock=lambda: START + timedelta(seconds=now - BEGIN)) as cluster,
+        FakeKubernetes(clock=lambda: course.now or START) as cluster,
         FakeFirestore(project=PROJECT) as queue,
     ):
+        course = Course(cluster, queue, "worker", START, dict(environ), directory)
         cluster.store.rng = NewestFirst(1)
         cluster.add_deployment("worker", replicas=int(environ.get("MIN_REPLICAS", "1")))
-        world = World(cluster, queue, "worker", START, dict(environ), directory)
-        naive = Naive(cluster, queue, jobs, pod_start)
-        naive.see_pods(now, 0)
-        for _ in range(looks):
-            naive.work(now)
-            naive.show()
-            run = world.run()
+        course.naive = Naive(cluster, queue, jobs, pod_start)
+        course.naive.see_pods(BEGIN, 0)
+        course.naive.work(BEGIN)
+        course.naive.show()
+        for _ in range(minutes):
+            run = course.run()
             assert run.exit_code == 0, run
-            naive.see_pods(now, pod_start)
-            naive.work(now)
-            replicas = world.replicas
-            assert replicas is not None
-            yield replicas
-            for now in range(now + 1, now + 61):  # noqa: B020
-                naive.work(now)
-            world.pass_time()
+            course.pass_time(60 - course.second % 60)
+    return course.looks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("environ", "pod_start", "looks"),
+    ("environ", "pod_start", "minutes"),
     [
         ({**AWARE, "MAX_REPLICAS": "8"}, 45, 1440),
         ({"MAX_REPLICAS": "8", "SCALE_DOWN_STABILIZATION_SECONDS": "120"}, 45, 300),
@@ -158,19 +179,31 @@ def real_replicas(
             100,
             300,
         ),
+        (
+            {
+                **AWARE,
+                "MAX_REPLICAS": "12",
+                "SCALE_UP_COOLDOWN_SECONDS": "70",
+                "SCALE_DOWN_COOLDOWN_SECONDS": "65",
+                "SCALE_DOWN_STABILIZATION_SECONDS": "130",
+            },
+            30,
+            300,
+        ),
     ],
-    ids=["a day", "without a busy filter", "other settings"],
+    ids=["a day", "without a busy filter", "other settings", "delays that end between the runs"],
 )
 def test_the_replicas_are_those_of_the_real_script(
-    environ: dict[str, str], pod_start: int, looks: int, tmp_path: Path
+    environ: dict[str, str], pod_start: int, minutes: int, tmp_path: Path
 ) -> None:
-    last = BEGIN + looks * 60
-    jobs = [Job(BEGIN, BEGIN, BEGIN + 60), *random_jobs(looks // 4, looks * 50)]
-    jobs.append(Job(last, last, last))
-    outcome = simulate.simulate("", settings(environ), jobs, pod_start)
-    real = list(real_replicas(jobs, environ, pod_start, looks, tmp_path))
-    assert [point.pods for point in outcome.panel.points][:looks] == real
-    assert len(set(real)) > 4, "the test is of a load that changes"
+    end = BEGIN + minutes * 60
+    jobs = [Job(BEGIN, BEGIN, BEGIN), *random_jobs(minutes // 4, minutes * 50), Job(end, end, end)]
+    points = simulate.simulate("", settings(environ), jobs, pod_start).panel.points
+    real = real_looks(jobs, environ, pod_start, minutes, tmp_path)
+    assert [(point.at - BEGIN, point.pods) for point in points if point.at < end] == real
+    assert len({replicas for _, replicas in real}) > 4, "the test is of a load that changes"
+    between = any(at % 60 for at, _ in real)
+    assert between is (environ.get("SCALE_UP_COOLDOWN_SECONDS") == "70")
 
 
 def outcome_of(jobs: Sequence[Job], environ: Mapping[str, str], pod_start: float = 30) -> Outcome:
@@ -285,7 +318,7 @@ def test_a_variant_that_never_ends_is_stopped_a_day_later() -> None:
     assert 86_000 < outcome.row.max_wait_seconds < 86_500
 
 
-def test_what_happened_is_told_from_the_jobs() -> None:
+def test_what_happened_is_read_from_the_jobs() -> None:
     jobs = [Job(BEGIN + n, BEGIN + 2 * n, BEGIN + 3 * n) for n in range(100)]
     outcome = simulate.what_happened(jobs)
     waits = outcome.row
@@ -338,8 +371,8 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> tupl
 @pytest.mark.parametrize(
     ("lines", "problems"),
     [
-        ([], ["1: no names of columns, such as created,started,finished"]),
-        ([HEADER], ["2: the file ends without a job"]),
+        ([], ["1: no column names, such as created,started,finished"]),
+        ([HEADER], ["2: no jobs"]),
         (["created,started", "1,2"], ["1: no column finished (--finished); the columns are "]),
         ([f"created,{HEADER}", f"1,{GOOD}"], ["1: 2 columns created (--created); the columns "]),
         (
@@ -356,13 +389,13 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> tupl
                 '1767571200,"yester\nday",1767571299',
             ],
             [
-                "2: started: there is no time",
+                "2: started is missing",
                 "4: ends (1767571299) before it starts (1767571300)",
                 "5: starts (1767571199) before it is created (1767571200)",
-                "6: created: there is no time; started: there is no time; finished: there is no ",
+                "6: created is missing; started is missing; finished is missing",
                 "8: 2 cells, where line 1 has 3",
-                "9: finished: '1767571299000' is not a time such as 2026-01-01T00:00:00Z or ",
-                "11: started: 'yester\\nday' is not a time",
+                "9: finished is '1767571299000', not a time such as 2026-01-01T00:00:00Z or ",
+                "11: started is 'yester\\nday', not a time",
             ],
         ),
         ([HEADER, GOOD, f'"{GOOD}'], ["3: not CSV: unexpected end of data"]),
@@ -399,7 +432,7 @@ def test_columns_can_have_other_names_and_others_beside_them(
     file.write_text(f"id,createdAt,start,end\na,{GOOD}\n", encoding="utf-8-sig")
     names = ("--created", "createdAt", "--started", "start", "--finished", "end")
     code, out, err = said(capsys, str(file), *names, "--json")
-    assert (code, err) == (0, f"{file}:1: not used: id\n")
+    assert (code, err) == (0, f"{file}:1: columns not used: id\n")
     rows = [json.loads(line) for line in out.splitlines()]
     assert [list(row) for row in rows] == [KEYS, KEYS]
     assert [row["variant"] for row in rows] == ["what happened", "current settings"]
@@ -411,13 +444,13 @@ def test_columns_can_have_other_names_and_others_beside_them(
 @pytest.mark.parametrize(
     ("tries", "problem"),
     [
-        (["MAX_REPLICA=8"], "--try 'MAX_REPLICA=8': MAX_REPLICA is "),
+        (["MAX_REPLICA=8"], "--try 'MAX_REPLICA=8': the variable MAX_REPLICA is "),
         (["FOO=8"], "--try 'FOO=8': 'FOO=8' is not a setting such as MAX_REPLICAS=8"),
         (["MAX_REPLICAS"], "--try 'MAX_REPLICAS': 'MAX_REPLICAS' is not a setting such as "),
         ([" "], "--try ' ': expected settings, such as MAX_REPLICAS=8"),
-        (["MAX_REPLICAS=1 MAX_REPLICAS=2"], "MAX_REPLICAS is there twice"),
+        (["MAX_REPLICAS=1 MAX_REPLICAS=2"], "MAX_REPLICAS given twice"),
         (['QUEUE_COLLECTION="a'], "No closing quotation"),
-        (["MAX_REPLICAS=8", " MAX_REPLICAS=8"], "--try ' MAX_REPLICAS=8': is there twice"),
+        (["MAX_REPLICAS=8", " MAX_REPLICAS=8"], "--try ' MAX_REPLICAS=8': given twice"),
     ],
 )
 def test_a_variant_that_cannot_be_meant_is_an_error(
@@ -560,8 +593,8 @@ def test_jobs_are_read_from_firestore_in_pages_and_written_as_csv(
         "jobs: 2 documents read",
         "jobs: 4 documents read",
         "jobs: 5 documents read",
-        "left out: jobs/3: work.startedAt: there is no time; finishedAt: there is no time",
-        "left out: jobs/4: finishedAt: there is no time",
+        "skipped: jobs/3: work.startedAt is missing; finishedAt is missing",
+        "skipped: jobs/4: finishedAt is missing",
     ]
     assert file.read_text().splitlines() == [
         HEADER,
@@ -600,7 +633,7 @@ def test_documents_that_are_wrong_and_collections_that_are_empty_are_named(
     code, _, err = said(capsys, *FROM_FIRESTORE, **in_firestore(emulator))
     assert code == 2
     assert [line[:32] for line in err.splitlines()[1:]] == [
-        "jobs/0: finishedAt: 'soon' is no",
+        "jobs/0: finishedAt is 'soon', no",
         "jobs/2: ends (1767571201) before",
     ]
     code, _, err = said(capsys, "--collection", "a/b", **in_firestore(emulator))

@@ -30,7 +30,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def parse_job(where: str, names: Names, values: Sequence[object]) -> Job:
         try:
             times.append(parse_time(value))
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{name} {error}")
     if problems:
         raise Problem(f"{where}: {'; '.join(problems)}")
     created, started, finished = times
@@ -100,11 +100,11 @@ def parse_time(value: object) -> float:
     if isinstance(value, datetime):
         return value.timestamp()
     if value is None or value == "":
-        raise ValueError("there is no time")
+        raise ValueError("is missing")
     try:
         return scaler.read_time(str(value)).timestamp()
     except ValueError as error:
-        raise ValueError(f"{value!r} is {error}") from None
+        raise ValueError(f"is {value!r}, {error}") from None
 
 
 def read_csv(path: Path, names: Names) -> list[Job]:
@@ -137,7 +137,7 @@ def read_csv(path: Path, names: Names) -> list[Job]:
     if problems:
         raise Problem(*problems)
     if not jobs:
-        raise Problem(f"{path}:{end}: the file ends without a job")
+        raise Problem(f"{path}:{end}: no jobs")
     return jobs
 
 
@@ -150,7 +150,7 @@ class Columns:
 def find_columns(header: Sequence[str], names: Names, where: str) -> Columns:
     found = [name.strip() for name in header]
     if not any(found):
-        raise Problem(f"{where}: no names of columns, such as {','.join(names)}")
+        raise Problem(f"{where}: no column names, such as {','.join(names)}")
     problems = []
     for option, name in zip(("created", "started", "finished"), names, strict=True):
         if found.count(name) != 1:
@@ -160,7 +160,7 @@ def find_columns(header: Sequence[str], names: Names, where: str) -> Columns:
     if problems:
         raise Problem(*problems)
     if others := [name for name in found if name not in names]:
-        note(f"{where}: not used: {', '.join(others)}")
+        note(f"{where}: columns not used: {', '.join(others)}")
     return Columns(found, [found.index(name) for name in names])
 
 
@@ -191,47 +191,53 @@ def check_span(jobs: Sequence[Job]) -> None:
 PAGE = 1000
 
 
-def read_collection(
-    settings: scaler.Settings, names: Names, since: datetime | None
+def read_firestore(
+    settings: scaler.Settings, environ: Mapping[str, str], names: Names, since: datetime | None
 ) -> tuple[list[Job], list[str]]:
-    """The finished jobs of a collection, and a line for each that is not. Only reads, in pages."""
+    """The finished jobs of QUEUE_COLLECTION, and a line for each that is not. Only reads."""
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.firestore import FieldFilter
 
-    paths = [scaler.field_path(name) for name in names]
-    client, path = scaler.open_firestore(settings), settings.queue_collection
-    by_group = settings.queue_collection_group
-    query: Any = client.collection_group(path) if by_group else client.collection(path)
-    query = query.select(paths)
-    if since:
-        query = query.where(filter=FieldFilter(paths[0], ">=", since)).order_by(paths[0])
-    query = query.order_by("__name__")
+    fields = [scaler.field_path(name) for name in names]
+    client = scaler.open_firestore(settings, environ)
     jobs: list[Job] = []
     unfinished: list[str] = []
     problems: list[str] = []
-    page, read = query.limit(PAGE), 0
-    while True:
+    for path in settings.queue_collection:
+        by_group = settings.queue_collection_group
+        query: Any = client.collection_group(path) if by_group else client.collection(path)
+        query = query.select(fields)
+        if since:
+            query = query.where(filter=FieldFilter(fields[0], ">=", since)).order_by(fields[0])
         try:
-            documents = list(page.stream())
+            for document in in_pages(query.order_by("__name__"), path):
+                values = [value_at(document, name) for name in fields]
+                try:
+                    jobs.append(parse_job(document.reference.path, names, values))
+                except Problem as problem:
+                    (unfinished if None in values else problems).append(str(problem))
         except (GoogleAPIError, GoogleAuthError) as error:
             raise scaler.queue_failure(f"reading {path}", error) from error
-        for document in documents:
-            values = [value_at(document, one) for one in paths]
-            try:
-                jobs.append(parse_job(document.reference.path, names, values))
-            except Problem as problem:
-                (unfinished if None in values else problems).append(str(problem))
-        read += len(documents)
-        note(f"{path}: {read} documents read")
-        if len(documents) < PAGE:
-            break
-        page = query.start_after(documents[-1]).limit(PAGE)
     if problems:
         raise Problem(*problems)
     if not jobs:
-        raise Problem(*unfinished, f"{path}: no job with {', '.join(names)}")
+        paths = ", ".join(settings.queue_collection)
+        raise Problem(*unfinished, f"{paths}: no job with {', '.join(names)}")
     return jobs, unfinished
+
+
+def in_pages(query: Any, path: str) -> Iterator[Any]:
+    """The documents of a query, with a line about the progress after each page."""
+    page, read = query.limit(PAGE), 0
+    while True:
+        documents = list(page.stream())
+        read += len(documents)
+        note(f"{path}: {read} documents read")
+        yield from documents
+        if len(documents) < PAGE:
+            return
+        page = query.start_after(documents[-1]).limit(PAGE)
 
 
 def value_at(document: Any, path: str) -> object:
@@ -259,17 +265,13 @@ def environment_of(cronjob: Path) -> dict[str, str]:
         raise Problem(f"{cronjob}: not YAML: {' '.join(str(error).split())}") from None
     except (AttributeError, KeyError, IndexError, TypeError):
         raise Problem(f"{cronjob}: not the manifest of a CronJob with a container") from None
-    problems, known = [], variables()
+    problems = []
     for name, entry in entries:
-        if name in known and not isinstance(entry.get("value"), str):
+        if name in scaler.VARIABLES and not isinstance(entry.get("value"), str):
             problems.append(f"{cronjob}: {name}: expected a value in quotes")
     if problems:
         raise Problem(*problems)
     return {name: one["value"] for name, one in entries if isinstance(one.get("value"), str)}
-
-
-def variables() -> set[str]:
-    return {item.name.upper() for item in fields(scaler.Settings)}
 
 
 CURRENT = "current settings"
@@ -285,7 +287,7 @@ def read_variants(base: Mapping[str, str], tries: Sequence[str]) -> dict[str, sc
         name = " ".join(text.split())
         try:
             if name in environments:
-                raise Problem("is there twice")
+                raise Problem("given twice")
             environments[name] = {**base, **parse_try(text)}
         except Problem as problem:
             problems.append(f"--try {text!r}: {problem}")
@@ -312,11 +314,11 @@ def parse_try(text: str) -> dict[str, str]:
     problems = []
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or name not in variables():
+        if not equals or name not in scaler.VARIABLES:
             guess = [*scaler.misspelled({name: value})] if equals else []
             problems += guess or [f"{word!r} is not a setting such as MAX_REPLICAS=8"]
         elif name in found:
-            problems.append(f"{name} is there twice")
+            problems.append(f"{name} given twice")
         found[name] = value
     if problems:
         raise Problem("; ".join(problems))
@@ -442,58 +444,58 @@ class Scaler:
 
     settings: scaler.Settings
     replicas: int
-    annotations: dict[str, str]
+    annotations: dict[str, str] = field(default_factory=dict)
 
     def look(self, workers: Workers) -> tuple[scaler.Decision, list[int]]:
-        """Decide as a look does and apply it: the decision, and the pods that go with it."""
-        settings, pods = self.settings, workers.pods
-        now = datetime.fromtimestamp(workers.moment, UTC)
+        """Decide as a look of scaler.py does and apply it: the decision, and the pods to remove."""
+        settings, now = self.settings, datetime.fromtimestamp(workers.moment, UTC)
         state = scaler.parse_state(self.annotations, settings, now)
         limit, aware = settings.count_limit, settings.busy_filter is not None
         waiting = min(len(workers.waiting), limit)
         queue = scaler.QueueLength(waiting, waiting >= limit, workers.busy if aware else None)
         inputs = scaler.Inputs(now, self.replicas, state, queue, own_zero=True)
-        decision = scaler.decide(settings, inputs)
+        decision, victims = scaler.decide(settings, inputs), list[int]()
         if decision.change < 0 and aware:
-            live = [to_scaler(pod) for pod in pods.values()]
-            busy = {str(pod.number) for pod in pods.values() if pod.job is not None}
-            floor, because = scaler.busy_floor(live, busy)
-            inputs = replace(inputs, busy_floor=floor, busy_because=because)
-            decision = scaler.decide(settings, inputs)
-        self.apply(decision, now)
-        victims = sorted(pods.values(), key=deletion_order if aware else newest_first)
-        return decision, [pod.number for pod in victims[: max(0, -decision.change)]]
-
-    def apply(self, decision: scaler.Decision, now: datetime) -> None:
-        changed = dict(decision.annotations)
-        if decision.change:
-            verb = "up" if decision.change > 0 else "down"
-            changed[scaler.LAST_SCALE_TIME] = scaler.write_time(now)
-            changed[scaler.LAST_SCALE] = f"{verb} {decision.current}->{decision.replicas}"
+            decision, victims = self.scale_down(inputs, workers.pods.values())
+        elif decision.change < 0:
+            order = sorted(workers.pods.values(), key=lambda pod: (pod.ready, -pod.number))
+            victims = [pod.number for pod in order[: -decision.change]]
+        changed = {**decision.annotations, **scaler.rescale_annotations(decision, now)}
         both = {**self.annotations, **changed}
         self.annotations = {name: value for name, value in both.items() if value is not None}
         self.replicas += decision.change
+        return decision, victims
+
+    def scale_down(
+        self, inputs: scaler.Inputs, pods: Iterable[Pod]
+    ) -> tuple[scaler.Decision, list[int]]:
+        """The decision that spares the busy pods, and the idle ones to remove."""
+        live = tuple(to_scaler(pod) for pod in pods)
+        busy = frozenset(str(pod.number) for pod in pods if pod.job is not None)
+        cost = scaler.victim_cost(inputs.now, live, None)
+        removable = scaler.removable(scaler.Fleet(live), self.replicas, busy, cost)
+        decision = scaler.decide(self.settings, replace(inputs, removable=removable))
+        victims = scaler.choose_victims(live, busy, -decision.change)
+        return decision, [int(pod.name) for pod in victims]
 
 
 def to_scaler(pod: Pod) -> scaler.Pod:
-    return scaler.Pod(str(pod.number), "1", (True, 2 if pod.ready else 0, pod.ready), 0)
+    rank = (True, 2 if pod.ready else 0, pod.ready)
+    return scaler.Pod(str(pod.number), "", "", "", f"node-{pod.number}", rank)
 
 
-def newest_first(pod: Pod) -> tuple[bool, int]:
-    return pod.ready, -pod.number
-
-
-def deletion_order(pod: Pod) -> tuple[bool, bool, int]:
-    return pod.ready, pod.job is not None, -pod.number
-
-
-def look_offsets(settings: scaler.Settings) -> list[int]:
-    """When a run looks, in seconds from its start. The next one starts after a minute."""
+def next_look(
+    settings: scaler.Settings, offset: float, first: bool, wait: float | None
+) -> float | None:
+    """When a run looks again after a look at `offset`, in seconds from its start: at the next
+    interval or at the end of a delay. After a minute the next run takes over."""
     interval, total = settings.polling_interval_seconds, settings.timeout_seconds
-    if interval is None:
-        return [0]
-    last = total - min(1.0, total / 10)
-    return [at for at in range(0, MINUTE, interval) if at <= last]
+    dues = [] if interval is None else [interval * (offset // interval + 1)]
+    soon = wait is not None and 0 < wait <= scaler.DELAY_SECONDS
+    if wait is not None and soon and (first or interval is not None):
+        dues.append(offset + wait)
+    due = min(dues, default=math.inf)
+    return due if due <= total - min(1.0, total / 10) and due < MINUTE else None
 
 
 # ------------------------------------------------------------------------------- the outcome
@@ -559,25 +561,24 @@ def simulate(
     start, end = start_of(jobs), max(job.finished for job in jobs)
     first = settings.minimum(datetime.fromtimestamp(start, UTC))[0]
     workers = Workers(jobs, pod_start, start, first)
-    scales = Scaler(settings, first, {})
+    scales = Scaler(settings, first)
     points: list[Point] = []
     changes: list[int] = []
-    at_maximum = 0.0
-    for at in look_times(settings, start, end + DAY):
-        before = workers.moment
+    minute: float = start
+    at: float | None = start
+    while at is not None:
         workers.advance(at)
-        if not workers.left and at > end:
+        if at > end and not workers.left:
+            workers.moment = max(end, workers.last_end)
             break
-        at_maximum += at - before if scales.replicas >= settings.max_replicas else 0
         decision, victims = scales.look(workers)
         workers.scale(decision.change, victims)
         changes.append(decision.change)
         points.append(Point(at, len(workers.waiting), workers.busy, scales.replicas))
-    if not workers.left:
-        workers.moment = max(end, workers.last_end)
-        at_maximum += (
-            workers.moment - points[-1].at if scales.replicas >= settings.max_replicas else 0
-        )
+        offset = next_look(settings, at - minute, at == minute, decision.wait)
+        if offset is None:
+            minute, offset = minute + MINUTE, 0
+        at = minute + offset if minute + offset <= end + DAY else None
     workers.close()
     row = replace(
         waits_row(name, workers.waits()),
@@ -585,17 +586,17 @@ def simulate(
         busy_share=workers.pod_seconds and round(workers.busy_seconds / workers.pod_seconds, 4),
         scale_ups=sum(change > 0 for change in changes),
         scale_downs=sum(change < 0 for change in changes),
-        at_maximum_seconds=round(at_maximum, 1),
+        at_maximum_seconds=round(time_at(points, settings.max_replicas, workers.moment), 1),
         killed=workers.killed,
     )
     return Outcome(row, Panel(points, name, settings.max_replicas), workers.left)
 
 
-def look_times(settings: scaler.Settings, start: int, end: float) -> Iterator[float]:
-    offsets = look_offsets(settings)
-    for run in range(start, math.ceil(end), MINUTE):
-        for offset in offsets:
-            yield run + offset
+def time_at(points: Sequence[Point], replicas: int, end: float) -> float:
+    """Seconds with at least so many pods."""
+    ends = [*(point.at for point in points[1:]), end]
+    held = zip(points, ends, strict=True)
+    return sum(until - point.at for point, until in held if (point.pods or 0) >= replicas)
 
 
 # -------------------------------------------------------------------------------- the output
@@ -705,9 +706,10 @@ def read_jobs(options: argparse.Namespace, environ: Mapping[str, str]) -> list[J
     if options.jobs:
         return read_csv(options.jobs, names)
     queue = {"DEPLOYMENT": "worker", **environ, "QUEUE_COLLECTION": options.collection}
-    jobs, unfinished = read_collection(scaler.read_settings(queue), names, options.since)
+    settings = scaler.read_settings(queue)
+    jobs, unfinished = read_firestore(settings, queue, names, options.since)
     for line in unfinished:
-        note(f"left out: {line}")
+        note(f"skipped: {line}")
     if options.csv:
         write_csv(options.csv, jobs)
     return jobs
@@ -743,7 +745,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         note(str(problem))
         return 2
     except scaler.Failure as failure:
-        note(str(failure))
+        note("; ".join(filter(None, (str(failure), failure.advice))))
         return failure.exit_code
     return 0
 
