@@ -651,8 +651,13 @@ Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
 
 
 def whole_second(when: datetime) -> datetime:
-    """The next whole second: annotations hold no fractions, and no delay may end early."""
-    return when + timedelta(microseconds=-when.microsecond % 1_000_000)
+    """The next whole second, or this one within its first tenth: annotations hold no fractions.
+
+    A look that has waited for a delay starts just after a whole second. If that were rounded up,
+    each cooldown in a row would end a second later after the minute, until a run misses it.
+    """
+    past = when.microsecond
+    return when + timedelta(microseconds=-past if past < 100_000 else 1_000_000 - past)
 
 
 def read_history(value: str) -> tuple[Recommendation, ...]:

@@ -197,9 +197,7 @@ def test_a_delay_that_ends_within_15_s_is_waited_for(
         assert delay_ends <= patched[-1] < delay_ends + timedelta(seconds=0.1), "not before its end"
 
 
-def world_with_delay(
-    world: World, annotations: dict[str, str], jobs: int | None
-) -> list[datetime | None]:
+def world_with_delay(world: World, annotations: dict[str, str], jobs: int | None) -> list[datetime]:
     """Two pods and a delay; returns the list of the times at which the Deployment is patched."""
     world.cluster.scale("worker", 2)
     own = {ANNOTATION + name: value for name, value in annotations.items()}
@@ -207,8 +205,8 @@ def world_with_delay(
     world.queue.fill(jobs or 0)
     if jobs is None:
         world.queue.fault("count", Fail(StatusCode.UNKNOWN))
-    patched: list[datetime | None] = []
-    world.cluster.hook(PATCH, lambda _: patched.append(world.now), times=None)
+    patched: list[datetime] = []
+    world.cluster.hook(PATCH, lambda _: patched.append(world.now or START), times=None)
     return patched
 
 
@@ -221,11 +219,10 @@ def test_a_delay_beyond_the_budget_is_not_waited_for(world: World) -> None:
 def test_only_one_delay_is_waited_for(world: World) -> None:
     """The window ends first; the cooldown, four seconds later, is left to the next run."""
     scaled = scaled_up(START - timedelta(seconds=112))
-    patched = world_with_delay(world, scaled | recommended(2)(START - timedelta(seconds=116)), 0)
+    world_with_delay(world, scaled | recommended(2)(START - timedelta(seconds=116)), 0)
     run = world.run(**DOWN | {"SCALE_DOWN_STABILIZATION_SECONDS": "120"})
     assert reasons(run) == ["ScaleDownStabilized", "ScaleDownCooldown"], run
     assert (run.exit_code, run.record["looks"], world.replicas) == (0, 2, 2), run
-    assert not any("last-scale" in str(one) for one in patched)
 
 
 def test_a_delay_that_ends_during_the_look_needs_no_further_run(world: World) -> None:
@@ -248,3 +245,27 @@ def test_a_delay_is_waited_for_on_the_real_clock(world: World) -> None:
     again = read_time(world.annotations["last-scale-time"])
     assert (again - read_time(write_time(scaled))).total_seconds() >= 120
     assert again.timestamp() <= time.time() + 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_whenever_runs_start_each_delay_ends_with_the_run_of_its_minute(
+    world: World, direction: str, seed: int
+) -> None:
+    """Twenty rescales in a row, with runs that start 0 to 9 s after the minute."""
+    chance, most, minutes = random.Random(seed), 21, {"up": 2, "down": 5}[direction]
+    world.settings = {
+        "MAX_REPLICAS": str(most), "SCALE_UP_STEP": "1", "SCALE_DOWN_STEP": "1",
+        "SCALE_DOWN_STABILIZATION_SECONDS": "0",
+    }  # fmt: skip
+    world.cluster.scale("worker", 1 if direction == "up" else most)
+    world.cluster.scales.clear()
+    world.queue.fill(most if direction == "up" else 0)
+    seen: list[int] = []
+    for minute in itertools.count():
+        world.now = START + timedelta(minutes=minute, seconds=chance.uniform(0, 9))
+        world.run()
+        seen += [minute] * (len(world.cluster.scales) - len(seen))
+        if len(seen) == most - 1 or minute > 200:
+            break
+    assert seen == list(range(0, minutes * (most - 1), minutes))
