@@ -2243,7 +2243,11 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
             InClusterConfigLoader(token, ca, environ=dict(environ)).load_and_set(configuration)
             own = (SERVICE_ACCOUNT / "namespace").read_text().strip()
         else:
-            files = KubeConfigMerger(environ.get("KUBECONFIG") or "~/.kube/config")
+            paths = (environ.get("KUBECONFIG") or "~/.kube/config").split(os.pathsep)
+            found = map(os.path.expanduser, paths)
+            # kubectl skips an empty file, the client library rejects it.
+            filled = (one for one in found if not os.path.isfile(one) or os.path.getsize(one))
+            files = KubeConfigMerger(os.pathsep.join(filled))
             if files.config is None:
                 raise config.ConfigException("no such file")
             named = (one.get("current-context") for one in files.config_files.values())
