@@ -14,7 +14,7 @@ PIN := pip compile --quiet --universal --generate-hashes --python-version 3.11
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-slow mutants ci lint types bench e2e requirements clean
+.PHONY: help demo picture simulate test test-slow mutants ci lint types bench e2e requirements clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ demo: $(RUNTIME) ## watch the real script follow a queue, in about half a minute
 	@$(BIN)/python -m tools.demo
 
 picture: $(RUNTIME) ## draw docs/replicas.svg again, from the real script's decisions
-	@$(BIN)/python -m tools.demo --picture docs/replicas.svg
+	@$(BIN)/python -m tools.chart docs/replicas.svg
+
+simulate: $(RUNTIME) ## try other settings on last week's jobs: make simulate ARGS="jobs.csv"
+	@$(BIN)/python -m tools.simulate $(ARGS)
 
 test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="-k cooldown"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

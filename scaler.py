@@ -911,24 +911,23 @@ def override(settings: Settings, inputs: Inputs) -> Decision | None:
 
 def conclude(inputs: Inputs, verdict: Verdict, reason: Reason, why: str) -> Decision:
     """The decision for a number of pods, with its reason unless the verdict has one to hold."""
-    number, current, state = verdict.replicas, inputs.current, inputs.state
-    done = f"stays at {pods(current)}{verdict.because}"
-    if number != current:
-        done = f"scaled {'up' if number > current else 'down'} from {current} to {pods(number)}"
-    # Failures of the queue are counted in a row, which a look that does without it ends.
-    annotations: dict[str, str | None] = {FAILING_SINCE: None, **dict.fromkeys(state.expired)}
-    if state.expired:
-        names = ", ".join(state.expired)
-        why = f"the pause has expired, {names} removed; {why}"
     return Decision(
-        number,
+        verdict.replicas,
         verdict.reason or reason,
-        f"{why}; {done}",
-        current,
+        f"{why}; {outcome(inputs.current, verdict)}",
+        inputs.current,
         queue=inputs.queue,
-        annotations=annotations,
+        # Failures of the queue are counted in a row, which a look that does without it ends.
+        annotations={FAILING_SINCE: None},
         wait=verdict.wait,
     )
+
+
+def outcome(current: int, verdict: Verdict) -> str:
+    number = verdict.replicas
+    if number == current:
+        return f"stays at {pods(current)}{verdict.because}"
+    return f"scaled {'up' if number > current else 'down'} from {current} to {pods(number)}"
 
 
 def paused(settings: Settings, inputs: Inputs) -> Decision | None:
@@ -1128,16 +1127,8 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     fallback. They never go down, and the fallback does not act against paused-replicas."""
     current, fallback, state = inputs.current, settings.fallback_replicas, inputs.state
     stays = f"{problem}; stays at {pods(current)}"
-    expired: dict[str, str | None] = dict.fromkeys(state.expired)
-    held = Decision(
-        current,
-        problem.reason,
-        stays,
-        current,
-        annotations=expired,
-        exit_code=problem.exit_code,
-        advice=problem.advice,
-    )
+    held = Decision(current, problem.reason, stays, current, exit_code=problem.exit_code)
+    held = replace(held, advice=problem.advice)
     if override(settings, inputs):
         waits = f"; {PAUSED_REPLICAS}={state.paused_replicas} waits"
         waits = "" if state.paused_replicas is None else waits
@@ -1147,7 +1138,7 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     since = state.queue_failing_since
     if since is None:
         since = whole_second(inputs.now)
-        held = replace(held, annotations={**expired, FAILING_SINCE: write_time(since)})
+        held = replace(held, annotations={FAILING_SINCE: write_time(since)})
     wait = settings.fallback_after_seconds - (inputs.now - since).total_seconds()
     if wait > 0:
         message = f"{stays}, and falls back to {fallback} in {math.ceil(wait)} s"
@@ -1157,10 +1148,8 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
         verdict = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
     if verdict.reason:
         return replace(held, reason=verdict.reason, message=stays + verdict.because)
-    done = f"stays at {pods(current)}"
-    if verdict.replicas != current:
-        done = f"scaled up from {current} to {pods(verdict.replicas)}"
-    message = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}; {done}"
+    why = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}"
+    message = f"{why}; {outcome(current, verdict)}"
     return replace(held, replicas=verdict.replicas, reason="Fallback", message=message)
 
 
@@ -1318,19 +1307,20 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
     forms = {form.lower(): pod.name for pod in live for form in (pod.name, pod.uid)}
     # A worker with hostNetwork stores its node's name; which of the node's pods it is, is unknown.
     nodes: dict[str, set[str]] = {}
-    for pod in live:
+    for pod in (pod for pod in live if pod.node):
         nodes.setdefault(pod.node.lower(), set()).add(pod.name)
     busy: set[str] = set()
     count = 0
     odd: list[str] = []
     unknown: list[str] = []
     for path, value in jobs:
+        shown = f"{quoted(getattr(value, 'path', value))} in {path}"
         if isinstance(value, str) and value in exact:
             found = {value}
         elif found := set().union(*(recognize(text, forms, nodes) for text in texts(value))):
-            odd.append(f"{quoted(value)} in {path} counts as {', '.join(sorted(found))}")
+            odd.append(f"{shown} counts as {', '.join(sorted(found))}")
         else:
-            unknown.append(f"{quoted(value)} in {path}")
+            unknown.append(shown)
         busy |= found
         count += bool(found)
     warnings = []
@@ -1365,11 +1355,7 @@ def recognize(text: str, forms: Mapping[str, str], nodes: Mapping[str, set[str]]
     host name with its domain."""
     if text in forms:
         return {forms[text]}
-    return (
-        nodes.get(text, set())
-        if text in nodes and text
-        else {name for form, name in forms.items() if form in text}
-    )
+    return nodes.get(text) or {name for form, name in forms.items() if form in text}
 
 
 # ---------------------------------------------------------------------------------- deadline
@@ -2394,12 +2380,13 @@ class Look:
     ) -> Decision:
         """Everything once more, the queue last: a victim that has claimed a job is spared, and one
         pod fewer is removed. `generation` is the Deployment's at the lease."""
+        # Its controller has observed every change but the lease, and the status that it writes for
+        # that one changes the resourceVersion: so the Deployment comes after the pods.
+        fleet = self.cluster.read_fleet(self.deployment, observed=True)
         self.deployment = self.cluster.read_deployment()
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
-        # No change of anybody's is unobserved, as there was none but the lease.
-        fleet = self.cluster.read_fleet(self.deployment, observed=True)
         self.queue_read = time.monotonic()
         busy = self.queue.busy_pods(fleet.pods)
         before = {pod.name: pod for pod in victims}
@@ -2503,13 +2490,15 @@ class Look:
         """The one place that changes the replicas. Raises a Failure."""
         progress, there = self.progress, self.deployment.annotations
         annotations = {**decision.annotations, **rescale_annotations(decision, self.now)}
+        annotations |= dict.fromkeys(self.state.expired)
         lease = self.state.scale_down_lease
         if self.is_own_lease() or not (lease and self.is_held(lease)):
             annotations[LEASE] = None
         annotations = {name: v for name, v in annotations.items() if there.get(name) != v}
         dry = "dry run, nothing is changed: " if self.log.output.dry_run else ""
+        expired = f"the pause has expired, {', '.join(self.state.expired)} removed; "
+        message = dry + (expired if self.state.expired else "") + decision.message
         warnings = tuple(self.warnings)
-        message = dry + decision.message
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
             return decision

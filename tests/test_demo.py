@@ -1,4 +1,4 @@
-"""The demo shows what it says, fails when the script fails, and draws the picture of the README."""
+"""The demo shows what it says, and fails when the script fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from xml.etree import ElementTree
 
 import pytest
 
@@ -36,13 +35,3 @@ def test_the_demo_fails_where_a_scenario_ends_otherwise(
     said = capsys.readouterr().out
     assert "NOT SO  2 pods one run later" in said
     assert "Not as the guide says:\n  - 2 pods one run later\n" in said
-
-
-def test_the_picture_is_drawn_and_stands_by_itself() -> None:
-    points = [demo.Point(0, 0, 1), demo.Point(5, 0, 1), demo.Point(2, 3, 3), demo.Point(0, 1, 3)]
-    for text in (demo.draw(points), (REPOSITORY / "docs" / "replicas.svg").read_text()):
-        assert len(text) < 10_000 and "href" not in text and "<style" not in text
-        picture = ElementTree.fromstring(text)
-        assert picture.tag.endswith("svg")
-        colours = {path.get("fill") or path.get("stroke") for path in picture.findall("{*}path")}
-        assert colours == {demo.INK, demo.WAITING, demo.WORKING, demo.PODS}

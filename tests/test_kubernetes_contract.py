@@ -26,7 +26,8 @@ from kubernetes import client, config
 
 from tests.support.kubernetes import FakeKubernetes
 from tests.support.kubernetes_controllers import deletion_order
-from tests.support.kubernetes_objects import DELETION_COST, Object, stamp
+from tests.support.kubernetes_deployments import DESIRED, MOST, REVISION_HISTORY
+from tests.support.kubernetes_objects import DELETION_COST, REVISION, Object, stamp
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 E2E_KUBECONFIG = os.environ.get("E2E_KUBECONFIG", "")
@@ -66,18 +67,15 @@ class Server:
         base = "/apis/apps/v1" if apps else "/api/v1"
         return "/".join([base, "namespaces", self.namespace, resource, *parts])
 
-    def add_deployment(self, name: str = "worker", replicas: int = 1) -> str:
+    def add_deployment(self, name: str = "worker", replicas: int = 1, app: str = "") -> str:
         """A Deployment with its pods; returns its path."""
-        labels, nowhere = {"app": name}, {"queue-scaler.example.com/contract": "no-node"}
-        pod = {"nodeSelector": nowhere, "containers": [{"name": "main", "image": "none"}]}
-        template = {"metadata": {"labels": labels}, "spec": pod}
-        spec = {"replicas": replicas, "selector": {"matchLabels": labels}, "template": template}
-        body = {"metadata": {"name": name, "annotations": {"who": "me"}}, "spec": spec}
+        meta = {"name": name, "annotations": {"who": "me"}}
+        body = {"metadata": meta, "spec": workload(app or name, replicas)}
         self.ok("POST", self.path("deployments"), body, fieldManager="creator")
-        self.settle(name)
+        self.settle(name, app)
         return self.path("deployments", name)
 
-    def settle(self, name: str = "worker") -> None:
+    def settle(self, name: str = "worker", app: str = "") -> None:
         """Waits until the controllers have done what the Deployment says, and are quiet."""
         seen: list[str] = []
 
@@ -86,7 +84,7 @@ class Server:
             seen.append(found["metadata"]["resourceVersion"])
             status = found.get("status", {})
             current = status.get("observedGeneration") == found["metadata"].get("generation")
-            counts = {status.get("replicas", 0), len(self.pods(name))}
+            counts = {status.get("replicas", 0), len(self.pods(app or name))}
             return current and counts == {found["spec"]["replicas"]} and seen[-5:] == seen[-1:] * 5
 
         wait_for(quiet)
@@ -94,6 +92,37 @@ class Server:
     def pods(self, app: str = "worker") -> list[Object]:
         found = self.ok("GET", self.path("pods"), labelSelector=f"app={app}")["items"]
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+    def sets(self, app: str = "worker") -> list[Object]:
+        """The ReplicaSets, the oldest first."""
+        query = {"labelSelector": f"app={app}"}
+        found = self.ok("GET", self.path("replicasets"), **query)["items"]
+        return sorted(
+            found, key=lambda one: int(one["metadata"].get("annotations", {}).get(REVISION, 0))
+        )
+
+    def wait_for_sizes(self, *sizes: int) -> list[Object]:
+        """Waits until the ReplicaSets want so many pods, and goes on wanting them."""
+        seen: list[list[int]] = []
+
+        def quiet() -> bool:
+            seen.append([one["spec"].get("replicas", 0) for one in self.sets()])
+            return seen[-10:] == [[*sizes]] * 10
+
+        try:
+            wait_for(quiet)
+        except AssertionError:
+            raise AssertionError(f"expected {sizes}, found {seen[-1]}") from None
+        return self.sets()
+
+    def observe(self, name: str = "worker") -> None:
+        """Waits until the Deployment controller has acted on what was written last."""
+
+        def observed() -> bool:
+            found = self.ok("GET", self.path("deployments", name))
+            return bool(found["status"]["observedGeneration"] == found["metadata"]["generation"])
+
+        wait_for(observed)
 
     def load_rbac(self, manifest: str) -> None:
         """Creates the Roles and RoleBindings of a manifest."""
@@ -104,21 +133,28 @@ class Server:
 
 @dataclass(frozen=True)
 class FakeServer(Server):
-    """The fake serves neither RBAC objects nor the creation of Deployments: tests make them."""
+    """The fake serves no RBAC objects: tests load them. It has no node, either."""
 
     cluster: FakeKubernetes
-
-    def add_deployment(self, name: str = "worker", replicas: int = 1) -> str:
-        who = {"who": "me"}
-        self.cluster.add_deployment(name, replicas=replicas, annotations=who, manager="creator")
-        return self.path("deployments", name)
 
     def load_rbac(self, manifest: str) -> None:
         self.cluster.load_rbac(manifest)
 
 
+def workload(app: str, replicas: int, **template: Any) -> Object:
+    """The spec of a Deployment or a ReplicaSet whose pods no node takes."""
+    labels, nowhere = {"app": app}, {"queue-scaler.example.com/contract": "no-node"}
+    pod = {"nodeSelector": nowhere, "containers": [{"name": "main", "image": "none"}], **template}
+    selector = {"matchLabels": labels}
+    return {
+        "replicas": replicas,
+        "selector": selector,
+        "template": {"metadata": {"labels": labels}, "spec": pod},
+    }
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end, "this did not happen in time"
         time.sleep(0.015)
@@ -154,6 +190,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     """The fake, or a namespace of a real cluster, deleted afterwards with all that is in it."""
     if request.param == "fake":
         with FakeKubernetes() as fake:
+            fake.controllers.nodes = ()
             path = fake.write_kubeconfig(tmp_path / "kubeconfig")
             with config.new_client_from_config(str(path)) as api:
                 yield FakeServer(api, "default", fake)
@@ -248,6 +285,51 @@ def test_label_selectors(server: Server) -> None:
     assert (found["kind"], "kind" in found["items"][0]) == ("PodList", False)
 
 
+FIELDS = {
+    "": 5, "status.phase!=Running": 5, "status.phase=Running": 0, "status.phase==Pending": 5,
+    "status.phase!=Succeeded,status.phase!=Failed": 5, "status.phase!=Pending": 0,
+    "metadata.name=nope": 0, "metadata.name!=nope,spec.nodeName=": 5,
+}  # fmt: skip
+
+
+def test_field_selectors(server: Server) -> None:
+    server.add_deployment(replicas=5)
+    for selector, expected in FIELDS.items():
+        found = server.ok("GET", server.path("pods"), fieldSelector=selector)["items"]
+        assert len(found) == expected, selector
+    name = str(found[0]["metadata"]["name"])
+    found = server.ok("GET", server.path("pods"), fieldSelector=f"metadata.name={name}")["items"]
+    assert [pod["metadata"]["name"] for pod in found] == [name]
+    found = server.ok("GET", server.path("replicasets"), fieldSelector="metadata.name!=nope")
+    assert len(found["items"]) == 1
+
+
+@pytest.mark.parametrize("selector", [{}, {"labelSelector": "app=worker"}], ids=["all", "some"])
+def test_a_list_comes_in_pages_of_exactly_its_limit(server: Server, selector: Object) -> None:
+    """All pages show what there was when the first was read."""
+    server.add_deployment("other", replicas=2)
+    server.add_deployment(replicas=5)
+    query = {"limit": "2", "fieldSelector": "status.phase!=Failed", **selector}
+    expected = 5 if selector else 7
+    page = server.ok("GET", server.path("pods"), **query)
+    items, sizes, revision = (
+        page["items"],
+        [len(page["items"])],
+        page["metadata"]["resourceVersion"],
+    )
+    server.ok("PATCH", server.path("deployments", "worker"), scale(0))
+    server.settle()
+    while token := page["metadata"].get("continue"):
+        page = server.ok("GET", server.path("pods"), **{**query, "continue": token})
+        assert page["metadata"]["resourceVersion"] == revision
+        items, sizes = items + page["items"], [*sizes, len(page["items"])]
+    names = [item["metadata"]["name"] for item in items]
+    assert names == sorted(set(names)) and len(names) == expected
+    full, rest = divmod(expected, 2)
+    assert [size for size in sizes if size] == [2] * full + [rest] * bool(rest)
+    assert not server.pods()
+
+
 # --- Failures ----------------------------------------------------------------------------------
 
 TOO_MUCH = annotated(more="x" * 257 * 1024)
@@ -260,6 +342,19 @@ FAILURES: dict[str, tuple[str, str, Any, int, str, str]] = {
     "no such resource": ("GET", "nonsenses", None, 404, "NotFound", "could not find the requested"),
     "no such method": ("POST", WORKER, {}, 405, "MethodNotAllowed", "not allow this method"),
     "no such selector": ("GET", "pods?labelSelector=a+b", None, 400, "BadRequest", "unable to"),
+    "no such page": ("GET", "pods?continue=nope", None, 400, "BadRequest", "continue token"),
+    "no such field": (
+        "GET", "pods?fieldSelector=a%3D1", None, 400, "BadRequest",
+        "field label not supported: a",
+    ),
+    "no such field of a ReplicaSet": (
+        "GET", "replicasets?fieldSelector=a%3D1", None, 400, "BadRequest",
+        '"a" is not a known field selector: only "metadata.name", "metadata.namespace"',
+    ),
+    "no field selector": (
+        "GET", "pods?fieldSelector=a", None, 400, "BadRequest",
+        "invalid selector: 'a'; can't understand 'a'",
+    ),
     "negative replicas": (
         "PATCH", WORKER, scale(-1), 422, "Invalid",
         'Deployment.apps "worker" is invalid: spec.replicas: Invalid value: -1: must be greater',
@@ -337,13 +432,186 @@ def test_pods_are_of_their_replica_set_and_go_by_their_deletion_cost(server: Ser
         assert f'Invalid value: "{value}": must be a 32bit integer' in reply.body["message"]
     for value in ("0", "2147483647", "-2147483648", "-1"):
         assert mark(names[0], value).status == 200
-    keep = random.Random(3).sample(names[1:], 4)
-    for name in keep:
-        assert mark(name, "100").status == 200
+    keep = random.Random(3).sample(names, 4)
+    for name in names:
+        assert mark(name, "100" if name in keep else "-100").status == 200
     time.sleep(0.5)  # the controller's cache has to hear of the marks; the fake's is the store
     server.ok("PATCH", deployment, scale(4))
     server.settle()
     assert sorted(pod["metadata"]["name"] for pod in server.pods()) == sorted(keep)
+
+
+def test_a_patch_of_a_pod_is_good_for_the_version_that_it_names(server: Server) -> None:
+    server.add_deployment()
+    [pod] = server.pods()
+    path = server.path("pods", pod["metadata"]["name"])
+    pod = server.ok("GET", path)
+    patch = annotated(**{DELETION_COST: "-7"})
+    patch["metadata"]["resourceVersion"] = pod["metadata"]["resourceVersion"]
+    written = server.ok("PATCH", path, patch, fieldManager="queue-scaler")
+    assert written["metadata"]["uid"] == pod["metadata"]["uid"]
+    assert written["metadata"]["resourceVersion"] != pod["metadata"]["resourceVersion"]
+    assert owners(written, "metadata", DELETION_COST) == [("queue-scaler", "")]
+    reply = server.call("PATCH", path, patch)
+    assert failure(reply) == (409, "Conflict")
+    assert "Operation cannot be fulfilled on pods" in reply.body["message"]
+    other = {"metadata": {"uid": str(uuid.uuid4())}}
+    assert failure(server.call("PATCH", path, other)) == (422, "Invalid")
+    other = server.ok("PATCH", path, annotated(**{DELETION_COST: "5"}), fieldManager="another")
+    assert owners(other, "metadata", DELETION_COST) == [("another", "")]
+    gone = server.ok("PATCH", path, annotated(**{DELETION_COST: None}), fieldManager="queue-scaler")
+    assert owners(gone, "metadata", DELETION_COST) == []
+    assert {entry["manager"] for entry in gone["metadata"]["managedFields"]} == {
+        entry["manager"] for entry in pod["metadata"]["managedFields"]
+    }
+
+
+# --- The Deployment controller and its ReplicaSets ---------------------------------------------
+
+
+def test_each_write_but_one_of_the_status_is_a_generation_that_the_controller_observes(
+    server: Server,
+) -> None:
+    path = server.add_deployment()
+    for patch, generation in ((annotated(a="1"), 2), (annotated(a="1"), 2), (scale(2), 3)):
+        assert server.ok("PATCH", path, patch)["metadata"]["generation"] == generation
+    server.settle()
+    settled = server.ok("GET", path)
+    assert settled["metadata"]["generation"] == settled["status"]["observedGeneration"] == 3
+    [owned] = server.sets()
+    assert owned["metadata"]["generation"] == owned["status"]["observedGeneration"] == 2
+    assert owned["metadata"]["annotations"].items() >= {
+        ("who", "me"), ("a", "1"), (DESIRED, "2"),
+        (MOST, "3"), (REVISION, "1"),
+    }  # fmt: skip
+    server.ok("PATCH", path, annotated(a=None))
+    server.settle()
+    [owned] = server.sets()
+    assert owned["metadata"]["annotations"].get("a") == "1", "a rollback will bring it back"
+
+
+def rollout(**template: Any) -> Object:
+    return {"spec": {"template": {"spec": template}}}
+
+
+NO_SUCH_ACCOUNT = rollout(serviceAccountName="missing")
+
+
+def test_a_rollout_whose_replica_set_makes_no_pods_shares_a_rescale_in_proportion(
+    server: Server,
+) -> None:
+    path = server.add_deployment(replicas=8)
+    server.ok("PATCH", path, NO_SUCH_ACCOUNT)
+    server.wait_for_sizes(6, 4)
+    wait_for(lambda: len(server.pods()) == 6)
+    _, new = server.sets()
+    assert new["status"].get("replicas", 0) == 0
+    [problem] = new["status"]["conditions"]
+    assert (problem["type"], problem["reason"]) == ("ReplicaFailure", "FailedCreate")
+    assert "service account" in problem["message"] and "missing" in problem["message"]
+    for replicas, *sizes in ((4, 3, 2), (5, 4, 3), (12, 9, 6), (0, 0, 0)):
+        server.ok("PATCH", path, scale(replicas))
+        server.wait_for_sizes(*sizes)
+    wait_for(lambda: not server.pods())
+
+
+def test_a_paused_rollout_stays_where_it_is_but_for_a_rescale(server: Server) -> None:
+    path = server.add_deployment(replicas=10)
+    stalled = {"maxSurge": 2, "maxUnavailable": 0}
+    server.ok("PATCH", path, {"spec": {"strategy": {"rollingUpdate": stalled}}})
+    server.ok("PATCH", path, rollout(priority=0))
+    server.wait_for_sizes(10, 2)
+    server.ok("PATCH", path, {"spec": {"paused": True}})
+    server.observe()
+    server.ok("PATCH", path, scale(5))
+    server.wait_for_sizes(6, 1)
+    server.ok("PATCH", path, rollout(terminationGracePeriodSeconds=7))
+    server.wait_for_sizes(6, 1)
+    server.ok("PATCH", path, {"spec": {"paused": False}})
+    server.wait_for_sizes(4, 1, 2)
+
+
+def test_recreate_ends_all_old_pods_before_it_makes_new_ones(server: Server) -> None:
+    path = server.add_deployment(replicas=3)
+    recreate = {"spec": {"strategy": {"type": "Recreate", "rollingUpdate": None}}}
+    server.ok("PATCH", path, recreate)
+    server.ok("PATCH", path, NO_SUCH_ACCOUNT)
+    server.wait_for_sizes(0, 3)
+    wait_for(lambda: not server.pods())
+    server.ok("PATCH", path, scale(2))
+    server.wait_for_sizes(0, 2)
+    server.ok("PATCH", path, rollout(serviceAccountName="default"))
+    server.wait_for_sizes(0, 0, 2)
+    wait_for(lambda: len(server.pods()) == 2)
+
+
+def test_a_rollout_to_an_earlier_template_takes_its_replica_set_again(server: Server) -> None:
+    path = server.add_deployment(replicas=2)
+    at_once = {"spec": {"strategy": {"rollingUpdate": {"maxUnavailable": "100%"}}}}
+    server.ok("PATCH", path, at_once)
+    for grace in (7, 8, 7):
+        server.ok("PATCH", path, rollout(terminationGracePeriodSeconds=grace))
+        server.settle()
+    _, old, new = server.sets()
+    assert old["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 8
+    annotations = new["metadata"]["annotations"]
+    assert (annotations[REVISION], annotations[REVISION_HISTORY]) == ("4", "2")
+    assert server.ok("GET", path)["metadata"]["annotations"][REVISION] == "4"
+
+
+def test_a_renamed_deployment_adopts_the_old_replica_set_with_its_name(server: Server) -> None:
+    path = server.add_deployment("before", replicas=3, app="worker")
+    [owned], pods = server.sets(), {pod["metadata"]["uid"] for pod in server.pods()}
+    assert server.call("DELETE", path, {"propagationPolicy": "Orphan"}).status == 200
+    wait_for(lambda: "ownerReferences" not in server.sets()[0]["metadata"])
+    path = server.add_deployment("after", replicas=3, app="worker")
+    [adopted] = server.sets()
+    assert adopted["metadata"]["name"] == owned["metadata"]["name"]
+    assert adopted["metadata"]["uid"] == owned["metadata"]["uid"]
+    [reference] = adopted["metadata"]["ownerReferences"]
+    assert reference["uid"] == server.ok("GET", path)["metadata"]["uid"]
+    assert {pod["metadata"]["uid"] for pod in server.pods()} == pods
+    server.ok("PATCH", path, scale(1))
+    server.settle("after", "worker")
+    assert {pod["metadata"]["uid"] for pod in server.pods()} < pods
+
+
+def test_a_replica_set_made_by_hand_is_adopted_and_scaled_down_as_an_old_one(
+    server: Server,
+) -> None:
+    spec = workload("worker", 3, terminationGracePeriodSeconds=7)
+    spec["selector"]["matchLabels"]["by"] = spec["template"]["metadata"]["labels"]["by"] = "hand"
+    by_hand = {"metadata": {"name": "by-hand", "labels": {"app": "worker"}}, "spec": spec}
+    server.ok("POST", server.path("replicasets"), by_hand)
+    wait_for(lambda: len(server.pods()) == 3)
+    body = {"metadata": {"name": "worker"}, "spec": workload("worker", 4)}
+    server.ok("POST", server.path("deployments"), body)
+    found = {one["metadata"]["name"]: one for one in server.wait_for_sizes(3, 2)}
+    assert found["by-hand"]["spec"]["replicas"] == 3, "as none of the new pods is available"
+    uid = server.ok("GET", server.path("deployments", "worker"))["metadata"]["uid"]
+    assert {one["metadata"]["ownerReferences"][0]["uid"] for one in found.values()} == {uid}
+
+
+def test_the_names_of_a_long_deployments_replica_set_and_pods_are_cut(server: Server) -> None:
+    name = "w" * 245
+    server.add_deployment(name, app="worker")
+    [owned], [pod] = server.sets(), server.pods()
+    suffix = owned["metadata"]["labels"]["pod-template-hash"]
+    found = owned["metadata"]["name"]
+    assert found == f"{name[: 252 - len(suffix)]}-{suffix}" and len(found) <= 253
+    assert len(pod["metadata"]["name"]) == 63
+    assert pod["metadata"]["name"][:58] == name[:58]
+
+
+def test_a_pod_whose_labels_were_changed_is_replaced_and_its_own_master(server: Server) -> None:
+    server.add_deployment(replicas=2)
+    first, second = (pod["metadata"]["name"] for pod in server.pods())
+    released = {"metadata": {"labels": {"app": "debug"}}}
+    server.ok("PATCH", server.path("pods", first), released)
+    wait_for(lambda: len(server.pods()) == 2)
+    left = server.ok("GET", server.path("pods", first))["metadata"]
+    assert "ownerReferences" not in left
+    assert second in {pod["metadata"]["name"] for pod in server.pods()}
 
 
 # --- Access ------------------------------------------------------------------------------------
@@ -408,10 +676,18 @@ def pod(
     """A pod, as long ready and as old as so many seconds."""
     created, became = (stamp(NOW - timedelta(seconds=seconds)) for seconds in (age, since))
     condition = {"type": "Ready", "status": str(ready), "lastTransitionTime": became}
-    meta = {"name": name, "creationTimestamp": created, "annotations": {DELETION_COST: cost}}
+    meta = {
+        "name": name, "uid": name, "creationTimestamp": created,
+        "annotations": {DELETION_COST: cost},
+    }  # fmt: skip
     containers = [{"restartCount": restarts}]
     status = {"phase": phase, "conditions": [condition], "containerStatuses": containers}
     return {"metadata": meta, "spec": {"nodeName": node}, "status": status}
+
+
+def shuffled(seed: int) -> Callable[[list[Object]], list[Object]]:
+    rng = random.Random(seed)
+    return lambda pods: rng.sample(pods, len(pods))
 
 
 # The rules of upstream's ActivePodsWithRanks.Less, in their order: what is first goes first.
@@ -435,7 +711,7 @@ def test_the_replica_set_controller_deletes_first(first: Object, second: Object)
     pods = [pod("z", **first), pod("a", **second)]
     related = [*pods, pod("x", node="crowded"), pod("y", node="crowded", phase="Failed")]
     for seed in range(10):
-        order = deletion_order(pods, related, NOW, random.Random(seed))
+        order = deletion_order(pods, related, NOW, shuffled(seed))
         assert [victim["metadata"]["name"] for victim in order] == ["z", "a"]
 
 

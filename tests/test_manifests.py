@@ -51,10 +51,10 @@ def variables_of(cronjob: dict[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container_of(cronjob)["env"]}
 
 
-# cronjob.yaml as it is, and with all the YAML in force that stands in comments: one of the two
-# deadlines is there instead of the other.
+# cronjob.yaml as it is, and with all YAML in comments enabled; the second deadline replaces the
+# first one, and so does the second WAITING_FILTER.
 TEXT = (REPOSITORY / "cronjob.yaml").read_text()
-IN_COMMENTS = r"(?m)^( *)# ( *(?:- )?(?:value: .+|[A-Za-z_]+:(?: \S+)?))$"
+IN_COMMENTS = r"(?m)^( *)# ( *(?:- )?(?:value: .+|[A-Za-z_./]+:(?: \S+)?|\[.+))$"
 MORE = re.sub(IN_COMMENTS, r"\1\2", TEXT.replace("      activeDeadlineSeconds: 55\n", ""))
 CRONJOB, COMMENTED = yaml.safe_load(TEXT), yaml.safe_load(MORE)
 JOB = CRONJOB["spec"]["jobTemplate"]["spec"]
@@ -136,10 +136,13 @@ def test_rbac_allows_exactly_what_the_script_asks_for() -> None:
     assert kinds == ["ServiceAccount", "Role", "RoleBinding"]
 
 
-def test_without_the_rule_for_pods_a_scaler_that_asks_for_no_busy_pods_still_scales() -> None:
-    """The rule is marked as one that may be deleted."""
+def test_without_the_rules_for_pods_a_scaler_that_is_not_busy_aware_still_scales() -> None:
+    """The two rules are marked as ones to delete."""
     text = (REPOSITORY / "rbac.yaml").read_text()
-    rule = '  - apiGroups: [""]\n    resources: [pods]\n    verbs: [list, patch]\n'
+    rule = (
+        "  - apiGroups: [apps]\n    resources: [replicasets]\n    verbs: [list]\n"
+        '  - apiGroups: [""]\n    resources: [pods]\n    verbs: [list, patch]\n'
+    )
     assert rule in text
     with installed(text.replace(rule, "")) as (cluster, _, world):
         world.settings["SCALE_DOWN_STABILIZATION_SECONDS"] = "0"
@@ -160,17 +163,20 @@ def test_the_manifests_meet_kubernetes_own_schema(version: str) -> None:
 def test_every_variable_is_a_setting_that_parses_and_is_the_default_where_there_is_one() -> None:
     variables = variables_of(COMMENTED)
     known = {each.name.upper() for each in fields(scaler.Settings)}
-    assert variables.keys() - known == {"GOOGLE_APPLICATION_CREDENTIALS"}
-    assert scaler.read_settings(variables).scheduled_min_replicas
+    others = {"GOOGLE_APPLICATION_CREDENTIALS", "https_proxy", "no_proxy"}
+    assert variables.keys() - known == others
+    commented = scaler.read_settings(variables)
+    assert commented.scheduled_min_replicas
+    assert len(commented.waiting_filter) == 2, "the waiting jobs, and those of lost workers"
     assert settings().busy_filter, "busy-awareness is switched on"
     bare = scaler.read_settings({"DEPLOYMENT": NAME, "QUEUE_COLLECTION": "jobs"})
     assert replace(settings(), busy_filter=None) == bare
 
 
-def test_one_run_is_over_before_the_next_begins() -> None:
+def test_a_run_ends_before_the_next_one_starts_and_a_hanging_one_does_not_prevent_it() -> None:
     spec = CRONJOB["spec"]
     assert spec["schedule"] == "* * * * *"
-    assert spec["concurrencyPolicy"] == "Replace"
+    assert spec["concurrencyPolicy"] == "Allow"
     assert settings().timeout_seconds < JOB["activeDeadlineSeconds"] < 60
     # Below 10 s the CronJob controller, which looks every 10 s, may never start a run.
     assert 10 <= spec["startingDeadlineSeconds"] < 60
@@ -238,15 +244,68 @@ def labels_of(cronjob: dict[str, Any]) -> list[dict[str, str]]:
     return [each["metadata"]["labels"] for each in (cronjob, job, job["spec"]["template"])]
 
 
-def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> None:
+def test_a_polling_run_ends_after_its_successor_has_started() -> None:
     chosen = scaler.read_settings(variables_of(COMMENTED))
-    interval, most = chosen.polling_interval_seconds, chosen.timeout_seconds
+    interval, total = chosen.polling_interval_seconds, chosen.timeout_seconds
     deadline = COMMENTED["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
-    assert interval and most < 60 <= deadline
-    # As `poll` has it, with looks of a second at most: it ends a second before its time.
-    last = max(due for due in range(0, most, interval) if due + 1 <= most - 1)
-    assert 60 - last <= interval
-    assert f"Look every {interval} s" in TEXT and f"{86_400 // interval:,} a day" in TEXT
+    assert interval and 60 < total < deadline
+    # `poll` starts no look in its last second.
+    polls = len(range(0, total - 1, interval))
+    assert f"Look every {interval} s" in TEXT
+    assert f"about {round(polls * 1440, -3):,} looks per day" in TEXT
+
+
+def kustomize(directory: Path, *options: str) -> list[dict[str, Any]]:
+    built = subprocess.check_output([need("kubectl"), "kustomize", str(directory), *options])
+    return [*yaml.safe_load_all(built)]
+
+
+def clone(directory: Path, edits: dict[str, str]) -> None:
+    """The base as someone has edited it."""
+    shutil.copytree(REPOSITORY / "names", directory / "names")
+    for each in REPOSITORY.glob("*.yaml"):
+        text = each.read_text()
+        for old, new in edits.items():
+            text = text.replace(old, new)
+        (directory / each.name).write_text(text)
+
+
+def check_one_scaler(
+    documents: list[dict[str, Any]], name: str, namespace: str, target: str, image: str
+) -> None:
+    """That each name reaches every place where Kubernetes reads it."""
+    account, role, binding, cronjob = documents
+    assert {each["metadata"]["name"] for each in documents} == {name}
+    assert {each["metadata"]["namespace"] for each in documents} == {namespace}
+    label = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
+    assert label.items() <= account["metadata"]["labels"].items(), "the guardrails' label"
+    named = [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule]
+    assert named == [[target]]
+    assert binding["roleRef"]["name"] == name
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
+    assert pod_of(cronjob)["serviceAccountName"] == name
+    assert variables_of(cronjob) == {**VARIABLES, "DEPLOYMENT": target}
+    assert container_of(cronjob)["image"] == image
+    assert labels_of(cronjob) == [{"app": "queue-scaler", "app.kubernetes.io/instance": target}] * 3
+
+
+def test_the_base_takes_each_name_from_one_place(tmp_path: Path) -> None:
+    edits = {
+        f"value: {NAME}": "value: thumbnails",
+        "image: queue-scaler ": "image: example.com/scaler:1 ",
+    }
+    clone(tmp_path, edits)
+    path = tmp_path / "kustomization.yaml"
+    path.write_text(path.read_text().replace("namespace: default", "namespace: media"))
+    image = "example.com/scaler:1"
+    check_one_scaler(kustomize(tmp_path), "queue-scaler", "media", "thumbnails", image)
+
+
+def test_the_base_unedited_is_what_its_files_are() -> None:
+    files = [*load("rbac.yaml"), CRONJOB]
+    for each in files:
+        each["metadata"] = {**each["metadata"], "namespace": "default"}
+    assert kustomize(REPOSITORY) == files
 
 
 @pytest.mark.parametrize(
@@ -257,33 +316,52 @@ def test_the_block_for_looking_more_often_leaves_no_gap_between_two_runs() -> No
         ("namePrefix: prod", "prodqueue-scaler", "media"),
     ],
 )
-def test_an_overlay_is_about_its_own_deployment(
+def test_an_overlay_takes_each_name_from_one_place(
     tmp_path: Path, naming: str, name: str, namespace: str
 ) -> None:
-    """The example overlay as its comment says: copied to beside the repository, which somebody has
-    edited for a scaler without kustomize."""
+    """The example overlay as its comment says: copied to beside a clone, which someone has edited
+    for a scaler without kustomize."""
     (tmp_path / "queue-scaler").mkdir()
-    for each in REPOSITORY.glob("*.yaml"):
-        text = each.read_text().replace(NAME, "edited-deployment")
-        text = text.replace("image: queue-scaler ", "image: registry.example.com/edited:1 ")
-        (tmp_path / "queue-scaler" / each.name).write_text(text)
+    edits = {NAME: "edited-deployment", "image: queue-scaler ": "image: example.com/edited:1 "}
+    clone(tmp_path / "queue-scaler", edits)
     shutil.copytree(REPOSITORY / "examples/overlay", tmp_path / "thumbnails")
     path = tmp_path / "thumbnails/kustomization.yaml"
     text = path.read_text().replace("namespace: default", f"namespace: {namespace}")
     path.write_text(text.replace("nameSuffix: -thumbnails", naming))
-    built = subprocess.check_output([need("kubectl"), "kustomize", str(path.parent)])
-    documents = [*yaml.safe_load_all(built)]
-    assert "edited-deployment" not in json.dumps(documents)
-    account, role, binding, cronjob = documents
-    assert {each["metadata"]["name"] for each in documents} == {name}
-    label = one("rbac.yaml", "ServiceAccount")["metadata"]["labels"]
-    assert label.items() <= account["metadata"]["labels"].items(), "the guardrails' label"
-    named = [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule]
-    assert named == [["thumbnails"]]
-    assert binding["roleRef"]["name"] == name
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
-    assert pod_of(cronjob)["serviceAccountName"] == name
-    assert variables_of(cronjob) == {**VARIABLES, "DEPLOYMENT": "thumbnails"}
-    assert container_of(cronjob)["image"] == "registry.example.com/queue-scaler:0.2.0"
-    instance = {"app": "queue-scaler", "app.kubernetes.io/instance": "thumbnails"}
-    assert labels_of(cronjob) == [instance] * 3
+    documents = kustomize(path.parent)
+    assert "edited" not in json.dumps(documents)
+    image = "registry.example.com/queue-scaler:tag"
+    check_one_scaler(documents, name, namespace, "thumbnails", image)
+
+
+def test_the_generated_file_of_the_playground_is_up_to_date() -> None:
+    source = REPOSITORY / "examples/playground/scaler"
+    generated = kustomize(source, "--load-restrictor=LoadRestrictionsNone")
+    assert load("examples/playground/scaler.yaml") == generated, f"see {source}/kustomization.yaml"
+
+
+def test_the_playground_meets_kubernetes_own_schema_and_its_parts_use_the_same_queue() -> None:
+    documents = kustomize(REPOSITORY / "examples/playground")
+    for each in documents:
+        kubernetes_validate.validate(each, "1.37", strict=True)
+    found = {(each["kind"], each["metadata"]["name"]): each for each in documents}
+    cronjob = found["CronJob", "queue-scaler"]
+    pods = [pod_of(cronjob)]
+    pods += [
+        found[key]["spec"]["template"]["spec"]
+        for key in (("Deployment", "worker"), ("Job", "jobs"))
+    ]
+    for pod in pods:
+        [container] = pod["containers"]
+        assert container["envFrom"] == [{"configMapRef": {"name": "queue"}}]
+        assert (container["image"], container["imagePullPolicy"]) == (
+            "queue-scaler:latest",
+            "IfNotPresent",
+        )
+    queue = found["ConfigMap", "queue"]["data"]
+    chosen = scaler.read_settings({**variables_of(cronjob), **queue})
+    assert chosen.deployment == "worker"
+    assert chosen.polling_interval_seconds and chosen.timeout_seconds > 60
+    assert found["Role", "queue-scaler"]["rules"][0]["resourceNames"] == ["worker"]
+    host, _, port = queue["FIRESTORE_EMULATOR_HOST"].partition(":")
+    assert found["Service", host]["spec"]["ports"] == [{"port": int(port)}]

@@ -1,8 +1,7 @@
 """`make demo`: the real scaler.py, a process a "minute", between an embedded Firestore and an
 embedded Kubernetes API. Time is made to pass, not waited for.
 
-    python -m tools.demo                    the guide's four scenarios, idle pods first, a burst
-    python -m tools.demo --picture FILE     an hour and a half of work, drawn as an SVG
+    python -m tools.demo    four scenarios of a short queue, idle pods first, a burst
 """
 
 from __future__ import annotations
@@ -344,124 +343,8 @@ def demo(screen: Screen) -> int:
     return 0
 
 
-# --- The picture -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one run saw and decided."""
-
-    waiting: int
-    busy: int
-    pods: int
-
-
-MOST_PODS = 10
-# Jobs that arrive, by minute, and how many minutes each takes: a trickle, a burst that fills the
-# range, a pause shorter than the scale-down window, a second wave, silence.
-ARRIVALS = {3: (2, 4), 10: (1, 3), 14: (16, 7), 18: (8, 6), 44: (6, 6), 48: (4, 8), 52: (2, 5)}
-MINUTES = 80
-
-
-def follow_an_hour() -> list[Point]:
-    points: list[Point] = []
-    with stage(BUSY_FILTER=BUSY, MAX_REPLICAS=str(MOST_PODS)) as world:
-        for minute in range(MINUTES):
-            world.add_jobs(*ARRIVALS.get(minute, (0, 1)))
-            run, _ = world.run()
-            world.work()
-            if run.exit_code:
-                raise SystemExit(f"a run failed: {run}")
-            record = run.record
-            points.append(Point(record["waiting"], record["busy"], record["replicas"]))
-        if world.killed:
-            raise SystemExit(f"busy pods removed: {world.killed}")
-    return points
-
-
-WIDTH, HEIGHT = 760, 250
-LEFT, RIGHT, TOP, BOTTOM = 34, 12, 40, 34
-# Middle tones, which stand out from a white page and from a black one.
-INK, WAITING, WORKING, PODS = "#7d8590", "#d29922", "#8b949e", "#2f81f7"
-
-
-def draw(points: Sequence[Point]) -> str:
-    """The jobs as stacked areas, the pods as a line of steps over them."""
-    most = max(point.waiting + point.busy for point in points)
-    across = (WIDTH - LEFT - RIGHT) / len(points)
-    up = (HEIGHT - TOP - BOTTOM) / (most + 1)
-
-    def x(minute: float) -> str:
-        return f"{LEFT + minute * across:.1f}"
-
-    def y(number: float) -> str:
-        return f"{HEIGHT - BOTTOM - number * up:.1f}"
-
-    def steps(value: Callable[[Point], int]) -> str:
-        moves = [f"M{x(0)} {y(value(points[0]))}"]
-        for minute, point in enumerate(points):
-            moves.append(f"V{y(value(point))}H{x(minute + 1)}")
-        return "".join(moves)
-
-    def band(lower: Callable[[Point], int], upper: Callable[[Point], int], colour: str) -> str:
-        back = [
-            f"V{y(lower(point))}H{x(minute)}" for minute, point in reversed([*enumerate(points)])
-        ]
-        return f'<path d="{steps(upper)}{"".join(back)}Z" fill="{colour}" fill-opacity=".6"/>'
-
-    def label(where: str, text: str, anchor: str = "start", colour: str = INK) -> str:
-        return f'<text {where} text-anchor="{anchor}" fill="{colour}">{text}</text>'
-
-    def key(left: int, text: str, colour: str) -> str:
-        mark = f'<rect x="{left}" y="10" width="12" height="12" rx="2" fill="{colour}"/>'
-        return mark + label(f'x="{left + 18}" y="20"', text)
-
-    grid = [
-        f'<path d="M{LEFT} {y(number)}H{WIDTH - RIGHT}" stroke="{INK}" stroke-opacity=".25"/>'
-        + label(f'x="{LEFT - 6}" y="{float(y(number)) + 4:.1f}"', str(number), "end")
-        for number in range(0, most + 1, 5)
-    ]
-    ticks = [
-        label(f'x="{x(minute)}" y="{HEIGHT - 14}"', f"{minute} min" if minute else "0", "middle")
-        for minute in range(0, len(points), 10)
-    ]
-    limit = (
-        f'<path d="M{LEFT} {y(MOST_PODS)}H{WIDTH - RIGHT}" stroke="{PODS}" '
-        'stroke-dasharray="2 4" stroke-opacity=".8"/>'
-        + label(
-            f'x="{WIDTH - RIGHT}" y="{float(y(MOST_PODS)) - 5:.1f}"',
-            f"MAX_REPLICAS={MOST_PODS}",
-            "end",
-            PODS,
-        )
-    )
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="Pods following the queue" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="none">',
-        "<title>Pods following the queue, as scaler.py decided minute by minute</title>",
-        *grid,
-        *ticks,
-        band(lambda p: p.busy, lambda p: p.busy + p.waiting, WAITING),
-        band(lambda p: 0, lambda p: p.busy, WORKING),
-        limit,
-        f'<path d="{steps(lambda p: p.pods)}" stroke="{PODS}" stroke-width="2.5"/>',
-        key(LEFT, "jobs waiting", WAITING),
-        key(LEFT + 120, "jobs that a pod works on", WORKING),
-        key(LEFT + 310, "pods", PODS),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw instead of telling")
-    options = parser.parse_args(argv)
-    if options.picture:
-        options.picture.write_text(draw(follow_an_hour()))
-        print(f"{options.picture}: {MINUTES} runs of scaler.py")
-        return 0
+    argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__).parse_args(argv)
     on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     columns = shutil.get_terminal_size((120, 24)).columns
     return demo(Screen(on_terminal, min(120, max(100, columns))))

@@ -14,6 +14,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.forbidden import NAME, check_guardrails, check_rights
-from tests.e2e.kubectl import REPOSITORY, Checks, eventually, kubectl, live_pods, read, scratch
+from tests.e2e.kubectl import (
+    GUARDRAILS,
+    REPOSITORY,
+    Checks,
+    eventually,
+    kubectl,
+    live_pods,
+    read,
+    scratch,
+)
 
 PROJECT = "demo-queue-scaler-e2e"
 DOCUMENTS = f"projects/{PROJECT}/databases/(default)/documents"
-EMULATOR = Path(__file__).parent / "firestore-emulator.yaml"
+PLAYGROUND = REPOSITORY / "examples/playground"
+# Both ends of a Job, in kubectl 1.28 and later: it has no condition before.
+ENDED = "--for=jsonpath={.status.conditions}"
 RESTRICTED = {
     "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True,
     "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"},
@@ -46,7 +58,10 @@ class Site:
     documents, written through its REST API by the Python here, or in one of the pods."""
 
     namespace: str
-    emulator: str
+    beside: str  # a second namespace, without a standard
+    image: str
+    emulator: str  # HOST:PORT for pods
+    documents: str  # HOST:PORT for `python`
     python: list[str]
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,7 +73,7 @@ class Site:
         self._send("DELETE", f"emulator/v1/{DOCUMENTS}", "")
 
     def _send(self, method: str, path: str, body: str) -> None:
-        call = [*self.python, "-c", SEND, method, f"http://{self.emulator}/{path}", body]
+        call = [*self.python, "-c", SEND, method, f"http://{self.documents}/{path}", body]
         subprocess.run(call, check=True, timeout=180)
 
     def kubectl(self, *arguments: str) -> str:
@@ -74,38 +89,77 @@ class Site:
         return dict(json.loads(found or "{}"))
 
     def expect(self, reason: str) -> str:
-        """One run by hand, to its end. The message of its result record."""
+        """A manual run, to its end. The message of its result record."""
         job = f"manual-{secrets.token_hex(3)}"
         self.kubectl("create", "job", "--from=cronjob/queue-scaler", job)
-        selector = f"batch.kubernetes.io/job-name={job}"
-        record = eventually(lambda: self.result(selector), 90, f"the end of job {job}")
+        self.kubectl("wait", f"job/{job}", ENDED, "--timeout=90s")
+        record = self.result(f"batch.kubernetes.io/job-name={job}")
         self.records.append(record)
         assert record["reason"] == reason, f"expected {reason}, got {record}"
         return str(record["message"])
 
 
-def overlay(namespace: str, image: str, emulator: str) -> str:
-    """The manifests as kustomize makes them for this namespace, image and queue."""
+Patches = list[dict[str, Any]]
+
+
+def kustomize(base: Path, namespace: str, patches: Patches) -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        kustomization = {
+            "resources": [os.path.relpath(base, os.path.realpath(directory))],
+            "namespace": namespace,
+            "patches": patches,
+        }
+        Path(directory, "kustomization.yaml").write_text(json.dumps(kustomization))
+        return kubectl("kustomize", directory)
+
+
+def use_image(kind: str, pod: str, image: str) -> dict[str, Any]:
+    """A patch. `pod` is the path of the pod's spec."""
+    operation = {"op": "replace", "path": f"{pod}/containers/0/image", "value": image}
+    return {"target": {"kind": kind, "name": "worker|jobs|queue-scaler"},
+            "patch": json.dumps([operation])}  # fmt: skip
+
+
+CRONJOBS_POD, POD = "/spec/jobTemplate/spec/template/spec", "/spec/template/spec"
+
+
+def scaler(namespace: str, image: str, emulator: str) -> str:
+    """The base, for this namespace, image and queue."""
     # The windows are off, so that nobody has to wait; the cooldowns are what is checked.
     more = {
         "FIRESTORE_EMULATOR_HOST": emulator,
         "FIRESTORE_PROJECT": PROJECT,
         "SCALE_DOWN_STABILIZATION_SECONDS": "0",
     }
-    container = "/spec/jobTemplate/spec/template/spec/containers/0"
-    patch: list[Any] = [{"op": "replace", "path": f"{container}/image", "value": image}]
-    patch += [
-        {"op": "add", "path": f"{container}/env/-", "value": {"name": name, "value": value}}
-        for name, value in more.items()
-    ]
-    with tempfile.TemporaryDirectory() as directory:
-        kustomization = {
-            "resources": [os.path.relpath(REPOSITORY, os.path.realpath(directory))],
-            "namespace": namespace,
-            "patches": [{"target": {"kind": "CronJob"}, "patch": json.dumps(patch)}],
+    variables = [
+        {
+            "op": "add",
+            "path": f"{CRONJOBS_POD}/containers/0/env/-",
+            "value": {"name": n, "value": v},
         }
-        Path(directory, "kustomization.yaml").write_text(json.dumps(kustomization))
-        return kubectl("kustomize", directory)
+        for n, v in more.items()
+    ]
+    patches: Patches = [{"target": {"kind": "CronJob"}, "patch": json.dumps(variables)}]
+    return kustomize(REPOSITORY, namespace, [*patches, use_image("CronJob", CRONJOBS_POD, image)])
+
+
+def playground(namespace: str, image: str, emulator: str) -> str:
+    """examples/playground, for this namespace and image, but with an emulator that is there."""
+    queue = {"FIRESTORE_EMULATOR_HOST": emulator, "FIRESTORE_PROJECT": PROJECT}
+    changes = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "queue"}, "data": queue},
+        {"apiVersion": "apps/v1", "kind": "Deployment", **removed("firestore")},
+        {"apiVersion": "v1", "kind": "Service", **removed("firestore")},
+        {"apiVersion": "v1", "kind": "Namespace", **removed("queue-scaler-playground")},
+    ]
+    patches: Patches = [{"patch": json.dumps(each)} for each in changes]
+    images = [use_image(kind, POD, image) for kind in ("Deployment", "Job")]
+    images.append(use_image("CronJob", CRONJOBS_POD, image))
+    return kustomize(PLAYGROUND, namespace, [*patches, *images])
+
+
+def removed(name: str) -> dict[str, Any]:
+    return {"metadata": {"name": name}, "$patch": "delete"}
 
 
 def worker(image: str) -> dict[str, Any]:
@@ -127,15 +181,16 @@ def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Si
         # The strictest standard, where the scaler is: its pods have to be admitted.
         kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
         if emulator is None:
-            kubectl("-n", beside, "apply", "-f", str(EMULATOR))
+            kubectl("-n", beside, "apply", "-f", str(PLAYGROUND / "firestore.yaml"))
             kubectl("-n", beside, "rollout", "status", "deployment/firestore", "--timeout=180s")
             emulator = f"firestore.{beside}.svc:8080"
         inside = ["kubectl", "exec", "-n", namespace, f"deployment/{NAME}", "--", "python"]
-        here = Site(namespace, documents or emulator, [sys.executable] if documents else inside)
+        python = [sys.executable] if documents else inside
+        here = Site(namespace, beside, image, emulator, documents or emulator, python)
         kubectl("-n", namespace, "apply", "-f", "-", stdin=json.dumps(worker(image)))
         here.kubectl("rollout", "status", f"deployment/{NAME}", "--timeout=180s")
         here.clear()
-        kubectl("apply", "-f", "-", stdin=overlay(namespace, image, emulator))
+        kubectl("apply", "-f", "-", stdin=scaler(namespace, image, emulator))
         try:
             yield here
         finally:
@@ -143,7 +198,14 @@ def site(image: str, emulator: str | None, documents: str | None) -> Iterator[Si
 
 
 def tour(checks: Checks, here: Site) -> None:
-    """In this order, as one thing leads to the next."""
+    """In this order: each check depends on the ones before."""
+    with checks.that("a second apply of the same files: unchanged"):
+        manifests = scaler(here.namespace, here.image, here.emulator)
+        lines = kubectl("apply", "-f", "-", stdin=manifests).splitlines()
+        lines += kubectl("apply", "--dry-run=server", "-f", GUARDRAILS).splitlines()
+        changed = [line for line in lines if " unchanged" not in line]
+        assert len(lines) == 8 and not changed, lines
+
     with checks.that("a run by the schedule, in a namespace of the restricted standard") as say:
         record = eventually(lambda: here.result("app=queue-scaler"), 150, "a run by the schedule")
         say(str(record["message"]))
@@ -206,6 +268,14 @@ def tour(checks: Checks, here: Site) -> None:
         assert 3 <= looks <= 5, f"{looks} looks"
         say(f"{looks} looks")
 
+    with checks.that("a run that fails at once: kubectl wait does not sit out its timeout") as say:
+        here.kubectl("set", "env", "cronjob/queue-scaler", "JOBS_PER_POD=0")
+        began = time.monotonic()
+        message = here.expect("InvalidSettings")
+        elapsed = time.monotonic() - began
+        assert elapsed < 45, f"{elapsed:.0f} s"
+        say(f"{elapsed:.0f} s: {message}")
+
     with checks.that("history: the table of docs/operations.md") as say:
         page = (REPOSITORY / "docs/operations.md").read_text()
         command = re.search(r"kubectl (get pods -l app=queue-scaler.*)-o jsonpath='(.*?)'", page)
@@ -215,6 +285,23 @@ def tour(checks: Checks, here: Site) -> None:
         missing = [message for message in messages if not any(message in row for row in rows)]
         assert not missing, f"{missing} not in {rows}"
         say(f"{len(rows)} runs")
+
+
+def play(checks: Checks, here: Site) -> None:
+    def replicas() -> int:
+        return int(read("deployment", "worker", "-n", here.beside)["spec"]["replicas"])
+
+    def seconds_until(pods: int) -> float:
+        eventually(lambda: replicas() == pods, 150, f"{pods} pods")
+        return time.monotonic() - began
+
+    with checks.that("examples/playground: the pods follow a burst of jobs, up and down") as say:
+        here.clear()
+        manifests = playground(here.beside, here.image, here.emulator)
+        kubectl("apply", "-f", "-", stdin=manifests)
+        began = time.monotonic()
+        say(f"5 pods after {seconds_until(5):.0f} s, 1 pod after {seconds_until(1):.0f} s")
+        kubectl("delete", "-f", "-", stdin=manifests)
 
 
 def main() -> int:
@@ -232,6 +319,7 @@ def main() -> int:
     if options["image"]:
         with site(**options) as here:
             tour(checks, here)
+            play(checks, here)
     else:
         print("note  no --image: the checks that need pods are left out")
     return checks.end()

@@ -2,7 +2,7 @@
 
 It answers by the rules of the public API, whatever the code under test would like to hear: the
 contract tests hold it and a real control plane to the same answers. What it leaves out (watches,
-server-side apply, quotas, kubelets) answers as an error, never as a made-up success.
+server-side apply, quotas) answers as an error, never as a made-up success.
 
     with FakeKubernetes() as cluster:
         cluster.add_deployment("worker", replicas=3)
@@ -27,7 +27,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -43,9 +44,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support.kubernetes_api import Access, Answer, Api, forbidden, json_answer
 from tests.support.kubernetes_controllers import Controllers, pod_status
+from tests.support.kubernetes_deployments import OWN, annotation, bare_template
 from tests.support.kubernetes_objects import (
     CONTROLLER,
     KINDS,
+    REVISION,
     ApiError,
     Labels,
     Match,
@@ -220,7 +223,8 @@ def server_context() -> tuple[ssl.SSLContext, bytes]:
 
 
 class FakeKubernetes:
-    """A cluster on loopback, whose controllers are done before a write is answered."""
+    """A cluster on loopback, whose controllers are done before a write is answered, unless a test
+    takes them `by_steps`."""
 
     def __init__(
         self,
@@ -417,11 +421,54 @@ class FakeKubernetes:
         patch = {"metadata": {"annotations": annotations}}
         self.edit("deployments", name, lambda d: d.update(merge(d, patch)), manager)
 
+    def set_template(self, name: str, manager: str = "kubectl-set", **spec: Any) -> None:
+        """Changes the pod template, and so begins a rollout: of another image, for example. A
+        `serviceAccountName` that does not exist lets its ReplicaSet make no pods."""
+        self.edit(
+            "deployments", name, lambda d: d["spec"]["template"]["spec"].update(spec), manager
+        )
+
     def start_rollout(self, name: str, new_pods: int, old_pods: int) -> None:
-        """Puts a rollout half-way, where it stays."""
+        """Puts a rollout half-way, where it is paused; a rescale is shared out in proportion."""
+        surge = new_pods + old_pods - self.replicas(name)
+        strategy = {"rollingUpdate": {"maxSurge": surge, "maxUnavailable": 1}}
+        with self.store.lock, self.by_steps():
+            self.edit("deployments", name, lambda d: d["spec"]["strategy"].update(strategy))
+            self.set_template(name, containers=[{"name": "main", "image": "worker:2"}])
+            self.controllers.step("default", "deployments", name)
+            deployment, controller = self.deployment(name), self.controllers.deployments
+            new, old = controller.new_and_old(deployment)
+            assert new, "the first step makes it"
+            for owned, size in ((new, new_pods), *((one, old_pods) for one in old)):
+                controller.resize(deployment, owned, size, "rollout", forced=True)
+            self.edit("deployments", name, lambda d: d["spec"].update(paused=True))
+        self.controllers.reconcile("default")
+
+    @contextmanager
+    def by_steps(self) -> Iterator[Controllers]:
+        """For so long each controller, scheduler and kubelet acts only when it is told to."""
+        self.controllers.instant = False
+        try:
+            yield self.controllers
+        finally:
+            self.controllers.instant = True
+
+    def roll_back(self, name: str, manager: str = "kubectl") -> None:
+        """As `kubectl rollout undo` does: the template and the annotations that the ReplicaSet of
+        the revision before remembers."""
         with self.store.lock:
-            self.controllers.start_rollout(self.deployment(name), new_pods, old_pods)
-            self.controllers.reconcile("default")
+            deployment = self.deployment(name)
+            _, old = self.controllers.deployments.new_and_old(deployment)
+            before = max(old, key=lambda one: annotation(one, REVISION))
+            own = {k: v for k, v in self.annotations(name).items() if k in OWN}
+            theirs = before["metadata"]["annotations"].items()
+            annotations = own | {key: value for key, value in theirs if key not in OWN}
+
+            def change(obj: Object) -> None:
+                obj["metadata"]["annotations"] = annotations
+                obj["spec"]["template"] = bare_template(before)
+
+            self.edit("deployments", name, change, manager)
 
     def keep_terminating(self) -> None:
         """Lets deleted pods stay, from now on, marked as terminating."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from tests.support.kubernetes_objects import (
     Store,
     Writer,
     conflict,
+    invalid,
     merge,
     not_found,
+    parse_fields,
     parse_selector,
     validate,
     wanted_replicas,
@@ -110,6 +113,8 @@ class Api:
         self.store = store
         self.access = access
         self.controllers = controllers
+        # By token: the revision and the rest of a list, which is read to its end as it was.
+        self.pages: dict[str, tuple[int, list[Object]]] = {}
 
     def answer(self, request: Request, content_type: str) -> Answer:
         try:
@@ -126,17 +131,21 @@ class Api:
         kind, subresource = KINDS.get(request.resource), request.subresource
         if kind is None or kind.group != request.group or subresource not in kind.verbs:
             raise ApiError(404, "the server could not find the requested resource")
-        if request.verb not in kind.verbs[subresource].split():
+        known = request.verb in kind.verbs[subresource].split()
+        if not known or (request.verb == "create" and request.name):
             raise ApiError(405, "the server does not allow this method on the requested resource")
         if request.verb == "list":
             return 200, self._list(kind, request)
         if request.verb == "create":
-            return 201, self._create(kind, request)
+            created = self._create(kind, request)
+            self.controllers.reconcile(request.namespace)
+            return 201, created
         obj = self.store.get(kind.resource, request.namespace, request.name)
         if obj is None:
             raise not_found(kind, request.name)
         if request.verb == "delete":
-            self.controllers.delete_pod(obj)
+            orphan = (request.body or request.query).get("propagationPolicy") == "Orphan"
+            self.controllers.delete(obj, orphan)
         elif request.verb == "patch":
             obj = self._patch(kind, obj, request, content_type)
         if request.verb != "get":
@@ -144,18 +153,27 @@ class Api:
         return 200, scale_of(obj) if subresource == "scale" else obj
 
     def _list(self, kind: Kind, request: Request) -> Object:
-        """All of it at once: a page may be longer than `limit`, and then is the only one."""
-        selected = parse_selector(request.query.get("labelSelector", ""))
-        name, _, wanted = request.query.get("fieldSelector", "").partition("=")
-        if name not in ("", "reason"):
-            raise ApiError(400, "this fake selects by no other field")
-        items = [
-            {key: value for key, value in obj.items() if key not in ("kind", "apiVersion")}
-            for obj in self.store.find(kind.resource, request.namespace)
-            if selected(obj["metadata"].get("labels") or {}) and obj.get(name, "") == wanted
-        ]
+        """A page of at most `limit`. As upstream, what does not meet the selectors does not count
+        for the limit, but may be all that a next page would have had."""
+        query, found = request.query, self.store.find(kind.resource, request.namespace)
+        labelled = parse_selector(query.get("labelSelector", ""))
+        selected = parse_fields(kind, query.get("fieldSelector", ""))
+        revision, limit = self.store.revision, int(query.get("limit") or 0)
+        if token := query.get("continue"):
+            if token not in self.pages:
+                raise ApiError(400, "invalid continue token: continue key is not valid")
+            revision, found = self.pages[token]
+        items: list[Object] = []
+        meta = {"resourceVersion": str(revision)}
+        for position, obj in enumerate(found):
+            if limit and len(items) == limit:
+                meta["continue"] = secrets.token_urlsafe(60)
+                self.pages[meta["continue"]] = (revision, found[position:])
+                break
+            if labelled(obj["metadata"].get("labels") or {}) and selected(obj):
+                items.append({k: v for k, v in obj.items() if k not in ("kind", "apiVersion")})
         named = {"kind": f"{kind.kind}List", "apiVersion": kind.api_version}
-        return {**named, "metadata": {"resourceVersion": str(self.store.revision)}, "items": items}
+        return {**named, "metadata": meta, "items": items}
 
     def _create(self, kind: Kind, request: Request) -> Object:
         obj: Object = merge({"metadata": {"namespace": request.namespace}}, request.body)
@@ -174,6 +192,8 @@ class Api:
         read = new["metadata"].get("resourceVersion")
         if read and read != old["metadata"]["resourceVersion"]:
             raise conflict(kind, request.name)
+        if new["metadata"]["uid"] != old["metadata"]["uid"]:
+            raise invalid(kind, new, "metadata.uid: Invalid value: field is immutable")
         if scaling:
             new = merge(old, {"spec": {"replicas": new["spec"].get("replicas", 0)}})
         validate(kind, new)

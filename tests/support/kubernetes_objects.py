@@ -48,8 +48,11 @@ class Kind:
 KINDS = {
     kind.resource: kind
     for kind in (
-        Kind("deployments", "Deployment", "apps", {"": "get list patch", "scale": "get patch"}),
-        Kind("replicasets", "ReplicaSet", "apps", {"": "get list"}),
+        Kind(
+            "deployments", "Deployment", "apps",
+            {"": "get list create patch delete", "scale": "get patch"},
+        ),
+        Kind("replicasets", "ReplicaSet", "apps", {"": "get list create patch"}),
         Kind("pods", "Pod", "", {"": "get list patch delete"}),
         Kind("events", "Event", "", {"": "get list create"}),
     )
@@ -161,6 +164,55 @@ def _requirement(text: str) -> Callable[[Labels], bool]:
     return lambda labels: (labels.get(key) in wanted) is (word != "notin")
 
 
+def selects(selector: Object, labels: Labels) -> bool:
+    """Whether a selector as an object of the API has it meets these labels."""
+    if any(labels.get(key) != value for key, value in (selector.get("matchLabels") or {}).items()):
+        return False
+    for one in selector.get("matchExpressions") or ():
+        value, operator = labels.get(one["key"]), one["operator"]
+        met = (
+            value is not None if operator in ("Exists", "DoesNotExist") else value in one["values"]
+        )
+        if met is not (operator in ("In", "Exists")):
+            return False
+    return True
+
+
+# The fields that a list can be selected by, apart from those that every kind has.
+FIELDS: Mapping[str, Mapping[str, FieldPath]] = {
+    "pods": {"status.phase": ("status", "phase"), "spec.nodeName": ("spec", "nodeName")},
+    "events": {"reason": ("reason",), "type": ("type",)},
+}
+EVERY = {"metadata.name": ("metadata", "name"), "metadata.namespace": ("metadata", "namespace")}
+
+
+def parse_fields(kind: Kind, text: str) -> Callable[[Object], bool]:
+    """A test for a field selector as it stands in a query; ApiError(400) if unreadable."""
+    known, tests = {**EVERY, **FIELDS.get(kind.resource, {})}, []
+    for term in filter(None, text.split(",")):
+        found = re.fullmatch(r"([^=!]*)(!=|==?)(.*)", term)
+        if not found:
+            raise ApiError(400, f"invalid selector: '{text}'; can't understand '{term}'")
+        name, operator, value = found.groups()
+        if name not in known:
+            only = ", ".join(f'"{one}"' for one in EVERY)
+            own = f'"{name}" is not a known field selector: only {only}'
+            core = f"field label not supported: {name}"
+            raise ApiError(400, own if kind.group else core)
+        tests.append((known[name], operator == "!=", value))
+
+    def test(obj: Object) -> bool:
+        return all((_at(obj, path) == value) is not unequal for path, unequal, value in tests)
+
+    return test
+
+
+def _at(obj: Any, path: FieldPath) -> Any:
+    for part in path:
+        obj = obj.get(part, "") if isinstance(obj, dict) else ""
+    return obj
+
+
 # --- Patches -------------------------------------------------------------------------------------
 
 
@@ -203,7 +255,7 @@ class Writer(NamedTuple):
     subresource: str = ""
 
 
-_SYSTEM = ("name", "namespace", "uid", "resourceVersion", "managedFields")
+_SYSTEM = ("name", "namespace", "uid", "resourceVersion", "managedFields", "generation")
 _UNOWNED = {*_SYSTEM, "creationTimestamp", "deletionTimestamp"}
 
 
@@ -269,9 +321,13 @@ _DELETION_COST = re.compile(r"0|[1-9][0-9]*|-[0-9]+")  # no plus sign, no leadin
 
 def validate(kind: Kind, obj: Object) -> None:
     """Upstream's objections to an object, as far as a client of this server can meet them."""
-    qualified = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
     for problem in _problems(kind, obj):
-        raise ApiError(422, f'{qualified} "{obj["metadata"]["name"]}" is invalid: {problem}')
+        raise invalid(kind, obj, problem)
+
+
+def invalid(kind: Kind, obj: Object, problem: str) -> ApiError:
+    qualified = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
+    return ApiError(422, f'{qualified} "{obj["metadata"]["name"]}" is invalid: {problem}')
 
 
 def _problems(kind: Kind, obj: Object) -> Iterator[str]:
@@ -299,6 +355,20 @@ def deletion_cost(value: str) -> int | None:
 
 
 # --- Store ---------------------------------------------------------------------------------------
+
+
+# What the API server adds where a manifest says nothing.
+DEFAULTS: Mapping[str, Object] = {
+    "Deployment": {
+        "replicas": 1,
+        "revisionHistoryLimit": 10,
+        "strategy": {
+            "type": "RollingUpdate",
+            "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"},
+        },
+    },
+    "ReplicaSet": {"replicas": 1},
+}
 
 
 class Scale(NamedTuple):
@@ -329,11 +399,14 @@ class Store:
 
     def find(self, resource: str, namespace: str) -> list[Object]:
         """Objects in etcd's order."""
-        keys = [key for key in sorted(self.objects) if key[:2] == (resource, namespace)]
-        return [self.objects[key] for key in keys]
+        keys = [key for key in self.objects if key[0] == resource and key[1] == namespace]
+        return [self.objects[key] for key in sorted(keys)]
 
     def create(self, kind: Kind, obj: Object, writer: Writer) -> Object:
         obj = {"kind": kind.kind, "apiVersion": kind.api_version, **copy.deepcopy(obj)}
+        if kind.group == "apps":
+            obj["spec"] = DEFAULTS[kind.kind] | obj["spec"]
+            obj["metadata"]["generation"] = 1
         meta, now = obj["metadata"], stamp(self.clock())
         meta["uid"] = str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
         meta["creationTimestamp"] = now
@@ -349,6 +422,8 @@ class Store:
             meta.pop("annotations", None)
         if new == old:
             return old
+        if writer.subresource != "status" and _moves_on(old, new):
+            meta["generation"] += 1
         meta["managedFields"] = managed_fields(old, new, writer, stamp(self.clock()))
         if old["kind"] == "Deployment":
             before, after = wanted_replicas(old), wanted_replicas(new)
@@ -367,9 +442,45 @@ class Store:
         return obj
 
 
+def _moves_on(old: Object, new: Object) -> bool:
+    """Whether a write is a new generation: for a Deployment with its annotations, as these are
+    copied to its ReplicaSets."""
+    before, after = (obj["metadata"].get("annotations") for obj in (old, new))
+    annotated = old["kind"] == "Deployment" and before != after
+    return "generation" in old["metadata"] and (annotated or old["spec"] != new["spec"])
+
+
 def _key(obj: Object) -> tuple[str, str, str]:
     return f"{obj['kind'].lower()}s", obj["metadata"]["namespace"], obj["metadata"]["name"]
 
 
 def wanted_replicas(obj: Object) -> int:
     return int(obj["spec"].get("replicas", 1))
+
+
+# --- Who controls what ---------------------------------------------------------------------------
+
+
+def uid_of(obj: Object) -> str:
+    return str(obj["metadata"]["uid"])
+
+
+def controller_of(obj: Object) -> str:
+    """The uid of the controller, "" for an orphan."""
+    for owner in obj["metadata"].get("ownerReferences") or ():
+        if owner.get("controller"):
+            return str(owner["uid"])
+    return ""
+
+
+def controller_reference(owner: Object) -> Object:
+    same = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "uid": uid_of(owner)}
+    return {**same, "name": owner["metadata"]["name"], "controller": True}
+
+
+def replace_controller(obj: Object, reference: Object | None) -> Object:
+    """The object with another controller, or with none."""
+    references = [o for o in obj["metadata"].get("ownerReferences") or () if not o["controller"]]
+    references += [reference] if reference else []
+    result: Object = merge(obj, {"metadata": {"ownerReferences": references or None}})
+    return result
