@@ -138,7 +138,7 @@ def test_any_other_object_is_a_map(either: Either) -> None:
 
 TIMES = [
     "tomorrow", "now-5x", "now-5", "now - 5m", "now-m", "now5m", "now-1.5h", "now-5m-5s", "",
-    "-15m", "now-9999999999d", "2026-01-01", "2026-01-01T00:00:00", "2026-02-30T00:00:00Z",
+    "-15m", "now-9999999999d", "2026-01-01", "2026-02-30T00:00:00Z",
     "2026-01-01T25:00:00Z", 1767225600, None, True, ["now"], {"a": 1},
 ]  # fmt: skip
 PATHS = [
