@@ -58,6 +58,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -163,6 +164,7 @@ Filter = tuple[tuple[Condition, ...], ...]  # alternatives: a job matches all co
 ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not-in", *ARRAY)
 INEQUALITIES = ("<", "<=", ">", ">=")
+SORTING = (*INEQUALITIES, "!=", "not-in")
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 DISJUNCTIONS = 30  # Firestore's limit on a query in disjunctive normal form
 MAP_DEPTH = 20  # Firestore's limit on nested values
@@ -276,8 +278,9 @@ def filters(raw: str) -> Filter:
         parsed = tuple(tuple(parse_condition(one) for one in each) for each in alternatives)
         if disjunctions(parsed) > DISJUNCTIONS:
             raise ValueError(f"Firestore takes at most {DISJUNCTIONS} alternatives, lists included")
-        if len(parsed) > 1 and any(op == "not-in" for each in parsed for _, op, _ in each):
-            raise ValueError("Firestore cannot combine not-in with alternatives")
+        used = {op for each in parsed for _, op, _ in each}
+        if "not-in" in used and (len(parsed) > 1 or used & {"in", "array_contains_any"}):
+            raise ValueError("Firestore cannot combine not-in with alternatives, in or any")
         return parsed
     except ValueError as error:
         raise ValueError(f"{form}; {error}") from None
@@ -327,13 +330,14 @@ def typed(value: Any) -> Any:
         return value
     for key, parse in (("timestampValue", timestamp_value), ("referenceValue", reference_value)):
         if key in value:
-            if len(value) > 1 or not isinstance(value[key], str):
-                raise ValueError(f"{quoted(value)}: expected {key} alone, with a text")
+            if len(value) > 1:
+                raise ValueError(f"{quoted(value)}: expected {key} alone")
             return parse(value[key])
     return {key: typed(one) for key, one in value.items()}
 
 
-def timestamp_value(text: str) -> RelativeTime | datetime:
+def timestamp_value(value: object) -> RelativeTime | datetime:
+    text = value if isinstance(value, str) else ""
     relative = re.fullmatch(RELATIVE, text)
     try:
         if relative:
@@ -346,14 +350,14 @@ def timestamp_value(text: str) -> RelativeTime | datetime:
     except (ValueError, OverflowError):
         pass
     expected = "now, now-15m, now+2h (s, m, h or d) or a time such as 2026-01-01T00:00:00Z"
-    raise ValueError(f"timestampValue {quoted(text)}: expected {expected}")
+    raise ValueError(f"timestampValue {quoted(value)}: expected {expected}")
 
 
-def reference_value(text: str) -> Reference:
+def reference_value(value: object) -> Reference:
     try:
-        return Reference(document_path(text))
+        return Reference(document_path(value if isinstance(value, str) else ""))
     except ValueError as error:
-        raise ValueError(f"referenceValue {quoted(text)}: {error}") from None
+        raise ValueError(f"referenceValue {quoted(value)}: {error}") from None
 
 
 def read_time(value: str) -> datetime:
@@ -757,12 +761,16 @@ def parse_state(
     for name in (LAST_SCALE_TIME, FAILING_SINCE):
         if name in values and values[name] > latest:
             problems[name] = "further ahead than the longest cooldown: counts as absent"
+    # A minute for clocks that differ.
+    longest = timedelta(seconds=settings.timeout_seconds + 60)
+    if LEASE in values and values[LEASE].until > now + longest:
+        problems[LEASE] = "further ahead than a run can last: counts as absent"
     for name in restored & READERS.keys() & annotations.keys():
         applied = (
             "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
         )
         problems[name] = (
-            f"restored by a rollback: {applied}; delete it, or set it again if intended"
+            f"restored by a rollback: {applied}; delete it, and set it again if intended"
         )
     until = values.get(PAUSED_UNTIL) if PAUSED_UNTIL not in problems else None
     expired: tuple[str, ...] = ()
@@ -776,8 +784,9 @@ def parse_state(
     warnings = [f"{name}={quoted(annotations[name])}: {problems[name]}" for name in problems]
     for name in annotations:
         if name.startswith(ANNOTATION) and name not in READERS:
-            likely = did_you_mean(name, READERS, cutoff=0.6)
-            meant = f"did you mean {likely}?" if likely else "delete it"
+            bare = (known.removeprefix(ANNOTATION) for known in READERS)
+            likely = did_you_mean(name.removeprefix(ANNOTATION), bare, cutoff=0.6)
+            meant = f"did you mean {ANNOTATION}{likely}?" if likely else "delete it"
             warnings.append(f"the annotation {name} is unknown to the scaler: {meant}")
     named = {name.removeprefix(ANNOTATION).replace("-", "_"): v for name, v in given.items()}
     return State(**named, expired=expired, warnings=tuple(sorted(warnings)))
@@ -1143,14 +1152,14 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     if wait > 0:
         message = f"{stays}, and falls back to {fallback} in {math.ceil(wait)} s"
         return replace(held, message=message, wait=wait)
-    verdict = Verdict(current)
     if fallback > current:
         verdict = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
-    if verdict.reason:
-        return replace(held, reason=verdict.reason, message=stays + verdict.because)
+        if verdict.reason:
+            return replace(held, reason=verdict.reason, message=stays + verdict.because)
+    number = max(current, fallback)
     why = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}"
-    message = f"{why}; {outcome(current, verdict)}"
-    return replace(held, replicas=verdict.replicas, reason="Fallback", message=message)
+    message = f"{why}; {outcome(current, Verdict(number))}"
+    return replace(held, replicas=number, reason="Fallback", message=message)
 
 
 def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | None]:
@@ -1570,6 +1579,46 @@ def open_firestore(settings: Settings, environ: Mapping[str, str]) -> Client:
         raise QueueFailure("Forbidden", problem, advice=advice, exit_code=2) from error
 
 
+Question = tuple[Filter, ...]  # filters all of which a job matches
+
+
+def signed_union(alternatives: Filter) -> list[tuple[int, Question]]:
+    """Questions whose counts, added with these signs, count a job that matches once.
+
+    An inequality sorts by its field, in whichever alternative it is, and Firestore leaves out of a
+    sorted query the jobs without the field. So only alternatives with inequalities on the same
+    fields share a query; the jobs that two queries count are subtracted.
+    """
+    groups: dict[frozenset[str], list[tuple[Condition, ...]]] = {}
+    for each in alternatives:
+        fields = frozenset(name for name, op, _ in each if op in SORTING)
+        groups.setdefault(fields, []).append(each)
+    return [
+        (-1 if len(some) % 2 == 0 else 1, some)
+        for size in range(1, len(groups) + 1)
+        for some in combinations(map(tuple, groups.values()), size)
+        if not any(exclusive(*pair) for pair in combinations(some, 2))
+    ]
+
+
+def single(signed: Iterable[tuple[int, Question]], beside: int = 0) -> list[Question]:
+    """The questions about one group of alternatives, and `beside` more filters."""
+    return [question for _, question in signed if len(question) == 1 + beside]
+
+
+def exclusive(left: Filter, right: Filter) -> bool:
+    """Whether no job can match both, as each pair of alternatives wants other values of a field."""
+
+    def wanted(each: tuple[Condition, ...]) -> dict[str, list[Any]]:
+        return {name: [v] if op == "==" else v for name, op, v in each if op in ("==", "in")}
+
+    def differ(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> bool:
+        shared = one.keys() & other.keys()
+        return any(all(v not in other[name] for v in one[name]) for name in shared)
+
+    return all(differ(wanted(one), wanted(other)) for one in left for other in right)
+
+
 class JobQueue:
     """The Firestore collections that hold the jobs, as one look at `now` sees them. Every public
     method raises QueueFailure."""
@@ -1595,22 +1644,27 @@ class JobQueue:
                 raise QueueFailure("QueueUnavailable", problem, transient=False)
             return counts[0]
 
-        waiting = self._ask_all("counting waiting jobs", read, [settings.waiting_filter])
+        def count(doing: str, signed: Sequence[tuple[int, Question]]) -> tuple[int, bool]:
+            signs = [sign for sign, _ in signed] * len(settings.queue_collection)
+            counts = self._ask_all(doing, read, [question for _, question in signed])
+            total = sum(sign * number for sign, number in zip(signs, counts, strict=True))
+            capped = any(number >= limit for number in counts)
+            return (max(total, limit) if capped else total), capped
+
+        waiting, capped = count("counting waiting jobs", signed_union(settings.waiting_filter))
         busy: int | None = None
         if pod_names is not None:
-            batches = list(self._batches(pod_names))
-            busy = sum(self._ask_all("counting busy jobs", read, [*batches]))
+            busy, _ = count("counting busy jobs", list(self._batches(pod_names)))
         warnings: list[str] = []
-        if not sum(waiting):
+        if not waiting:
             warnings += unmatched_times("WAITING_FILTER", settings.waiting_filter)
         if busy == 0 and pod_names:
             warnings += unmatched_times("BUSY_FILTER", settings.busy_filter or ())
         oldest = None
-        if sum(waiting) and settings.waiting_since_field:
+        if waiting and settings.waiting_since_field:
             oldest, problem = self._oldest_seconds(settings.waiting_since_field)
             warnings += [problem] if problem else []
-        capped = any(count >= limit for count in waiting)
-        return QueueLength(sum(waiting), capped, busy, oldest), tuple(warnings)
+        return QueueLength(waiting, capped, busy, oldest), tuple(warnings)
 
     def _oldest_seconds(self, name: str) -> tuple[float | None, str]:
         """How long the oldest waiting job has waited, or why that is unknown. One try: the rest of
@@ -1622,7 +1676,8 @@ class JobQueue:
 
         doing = "reading the oldest waiting job"
         try:
-            asked = self._ask_all(doing, read, [self._settings.waiting_filter], retry=False)
+            groups = single(signed_union(self._settings.waiting_filter))
+            asked = self._ask_all(doing, read, groups, retry=False)
         except QueueFailure as failure:
             advice = f"; {failure.advice}" if failure.advice else ""
             return None, f"WAITING_SINCE_FIELD={name} was not read: {failure}{advice}"
@@ -1682,29 +1737,31 @@ class JobQueue:
             return [(job.reference.path, value(job)) for job in rows]
 
         doing = "reading which pods are busy"
-        conditions = settings.busy_filter or ()
-        asked = self._ask_all(doing, read, [conditions])
-        jobs = [job for found in asked for job in found]
+        groups = single(signed_union(settings.busy_filter or ()))
+        asked = self._ask_all(doing, read, groups)
+        jobs = list({path: (path, value) for found in asked for path, value in found}.values())
         if jobs and all(value is missing for _, value in jobs):
-            self._blame_pod_field(live, len(jobs), conditions)
+            self._blame_pod_field(live, len(jobs), groups)
         jobs = [(path, None if value is missing else value) for path, value in jobs]
         found = find_busy_pods(live, jobs, name)
         if any(len(one) >= limit for one in asked):
             # There are more busy jobs than were read, so that those of the pods are read by name.
-            batches = list(self._batches([pod.name for pod in live]))
+            batches = single(self._batches([pod.name for pod in live]), beside=1)
             named = [job for one in self._ask_all(doing, read, batches) for job in one]
             exact = find_busy_pods(live, named, name)
             names, jobs_found = found.names | exact.names, max(found.jobs, exact.jobs)
             return replace(found, names=names, jobs=jobs_found, incomplete=found.inexact)
         return found
 
-    def _blame_pod_field(self, live: Sequence[Pod], count: int, conditions: Filter) -> NoReturn:
+    def _blame_pod_field(
+        self, live: Sequence[Pod], count: int, groups: Sequence[Question]
+    ) -> NoReturn:
         """Name a field that the busy jobs do have, best the one that holds a pod's name."""
 
         def read(query: Any, **call: Any) -> list[dict[str, object]]:
             return [job.to_dict() or {} for job in query.limit(1).stream(**call)]
 
-        asked = self._ask_all("reading a busy job", read, [conditions])
+        asked = self._ask_all("reading a busy job", read, groups)
         document = next((job for found in asked for job in found), {})
         names = sorted(
             document,
@@ -1722,45 +1779,43 @@ class JobQueue:
             exit_code=2,
         )
 
-    def _batches(self, pod_names: Sequence[str]) -> Iterator[Filter]:
-        """The filters for as many pods as Firestore takes in an `in`, whose limit is on the product
-        of it and of the alternatives and lists in BUSY_FILTER."""
-        alternatives = self._settings.busy_filter or ()
-        size = max(1, DISJUNCTIONS // disjunctions(alternatives))
-        for start in range(0, len(pod_names), size):
-            names = list(pod_names[start : start + size])
-            yield tuple(
-                (*each, (self._settings.busy_pod_field, "in", names)) for each in alternatives
-            )
+    def _batches(self, pod_names: Sequence[str]) -> Iterator[tuple[int, Question]]:
+        """The questions about the busy jobs of as many pods as Firestore takes in an `in`, whose
+        limit is on the product of it and of the alternatives and lists in BUSY_FILTER."""
+        for sign, question in signed_union(self._settings.busy_filter or ()):
+            size = max(1, DISJUNCTIONS // math.prod(map(disjunctions, question)))
+            for start in range(0, len(pod_names), size):
+                names = list(pod_names[start : start + size])
+                yield sign, (*question, (((self._settings.busy_pod_field, "in", names),),))
 
     def _ask_all(
-        self, doing: str, read: Callable[..., T], conditions: Sequence[Filter], retry: bool = True
+        self, doing: str, read: Callable[..., T], asked: Sequence[Question], retry: bool = True
     ) -> list[T]:
-        """Ask each of the collections each of the filters, several at a time."""
+        """Ask each of the collections each of the questions, several at a time."""
         client = self._firestore.client(self._progress)
         paths = self._settings.queue_collection
-        questions = [(path, one) for path in paths for one in conditions]
+        questions = [(path, one) for path in paths for one in asked]
         again = self._progress.deadline.retrying("transient", reserve=True)
 
-        def ask(question: tuple[str, Filter]) -> T:
+        def ask(question: tuple[str, Question]) -> T:
             query = self._query(client, *question)
             return again(self._ask, doing, read, query) if retry else self._ask(doing, read, query)
 
         return concurrently(ask, questions)
 
-    def _query(self, client: Client, path: str, alternatives: Filter) -> Any:
+    def _query(self, client: Client, path: str, question: Question) -> Any:
         from google.cloud.firestore import And, FieldFilter, Or
 
         by_group = self._settings.queue_collection_group
         query: Any = client.collection_group(path) if by_group else client.collection(path)
-        each = [
-            [FieldFilter(name, op, self._resolve(client, value)) for name, op, value in conditions]
-            for conditions in alternatives
-        ]
-        if len(each) > 1:
-            return query.where(filter=Or([And([*conditions]) for conditions in each]))
-        for condition in each[0] if each else ():
-            query = query.where(filter=condition)
+        for alternatives in question:
+            each = [
+                And([FieldFilter(name, op, self._resolve(client, v)) for name, op, v in conditions])
+                for conditions in alternatives
+                if conditions
+            ]
+            if each:
+                query = query.where(filter=Or([*each]) if len(each) > 1 else each[0])
         return query
 
     def _resolve(self, client: Client, value: Any) -> Any:
@@ -1918,26 +1973,27 @@ def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return expect(dict, node)
 
 
-EDITORS = (
-    "kubectl-annotate", "kubectl-edit", "kubectl-patch", "kubectl-client-side-apply", FIELD_MANAGER
-)  # fmt: skip
+# The commands with which people edit have names of their own.
+EDITORS = re.compile(r"kubectl-(annotate|edit|patch|replace|client-side-apply)|" + FIELD_MANAGER)
+BARE_CLIENT = re.compile(r"(kubectl|oc)(\.exe)?|k9s")
 
 
 def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[str]:
     """Our annotations that a rollback brought back.
 
     A rollback writes the annotations and the pod template of an older ReplicaSet in one Update,
-    under the name of the client: `kubectl`, `kubectl.exe`, `oc`, `k9s`. The commands with which
-    people edit have names of their own. Whoever created the Deployment wrote both, too.
+    under the bare name of the client. If it only removed fields of the template, the name alone
+    tells. Whoever created the Deployment wrote both, too.
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
     undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
     for entry in managed:
+        manager = str(entry.get("manager"))
         update = entry.get("operation") == "Update" and not entry.get("subresource")
-        edited = entry.get("manager") in EDITORS or entry.get("time") == created
-        whole = update and not edited and owned(entry, "f:spec", "f:template")
-        names = undone if whole else others
+        edited = EDITORS.fullmatch(manager) or entry.get("time") == created
+        whole = owned(entry, "f:spec", "f:template") or BARE_CLIENT.fullmatch(manager)
+        names = undone if update and not edited and whole else others
         names.update(owned(entry, "f:metadata", "f:annotations"))
     ours = (name.removeprefix("f:") for name in undone - others)
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
@@ -2300,8 +2356,14 @@ class Look:
 
         Raises a Failure.
         """
-        # An attempt that begins later would blame the queue for the time that it lacks.
-        return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
+        try:
+            # An attempt that begins later would blame the queue for the time that it lacks.
+            return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
+        except Failure:
+            if self.progress.current is not None and self.is_own_lease():
+                with suppress(Failure):  # it expires
+                    self.cluster.patch_deployment(self.body({LEASE: None}))
+            raise
 
     def attempt(self) -> Decision:
         progress, settings = self.progress, self.settings
