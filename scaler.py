@@ -174,7 +174,7 @@ FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
 SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
-RFC3339 = r"(?i)\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"
+RFC3339 = r"(?i)\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)"
 RELATIVE = r"now(?:([+-])(\d{1,9})([smhd]))?"
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -276,8 +276,9 @@ def filters(raw: str) -> Filter:
         parsed = tuple(tuple(parse_condition(one) for one in each) for each in alternatives)
         if disjunctions(parsed) > DISJUNCTIONS:
             raise ValueError(f"Firestore takes at most {DISJUNCTIONS} alternatives, lists included")
-        if len(parsed) > 1 and any(op == "not-in" for each in parsed for _, op, _ in each):
-            raise ValueError("Firestore cannot combine not-in with alternatives")
+        used = {op for each in parsed for _, op, _ in each}
+        if "not-in" in used and (len(parsed) > 1 or used & {"in", "array_contains_any"}):
+            raise ValueError("Firestore cannot combine not-in with alternatives, in or any")
         return parsed
     except ValueError as error:
         raise ValueError(f"{form}; {error}") from None
@@ -327,13 +328,14 @@ def typed(value: Any) -> Any:
         return value
     for key, parse in (("timestampValue", timestamp_value), ("referenceValue", reference_value)):
         if key in value:
-            if len(value) > 1 or not isinstance(value[key], str):
-                raise ValueError(f"{quoted(value)}: expected {key} alone, with a text")
+            if len(value) > 1:
+                raise ValueError(f"{quoted(value)}: expected {key} alone")
             return parse(value[key])
     return {key: typed(one) for key, one in value.items()}
 
 
-def timestamp_value(text: str) -> RelativeTime | datetime:
+def timestamp_value(value: object) -> RelativeTime | datetime:
+    text = value if isinstance(value, str) else ""
     relative = re.fullmatch(RELATIVE, text)
     try:
         if relative:
@@ -346,14 +348,14 @@ def timestamp_value(text: str) -> RelativeTime | datetime:
     except (ValueError, OverflowError):
         pass
     expected = "now, now-15m, now+2h (s, m, h or d) or a time such as 2026-01-01T00:00:00Z"
-    raise ValueError(f"timestampValue {quoted(text)}: expected {expected}")
+    raise ValueError(f"timestampValue {quoted(value)}: expected {expected}")
 
 
-def reference_value(text: str) -> Reference:
+def reference_value(value: object) -> Reference:
     try:
-        return Reference(document_path(text))
+        return Reference(document_path(value if isinstance(value, str) else ""))
     except ValueError as error:
-        raise ValueError(f"referenceValue {quoted(text)}: {error}") from None
+        raise ValueError(f"referenceValue {quoted(value)}: {error}") from None
 
 
 def read_time(value: str) -> datetime:
@@ -762,7 +764,7 @@ def parse_state(
             "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
         )
         problems[name] = (
-            f"restored by a rollback: {applied}; delete it, or set it again if intended"
+            f"restored by a rollback: {applied}; delete it, and set it again if intended"
         )
     until = values.get(PAUSED_UNTIL) if PAUSED_UNTIL not in problems else None
     expired: tuple[str, ...] = ()
@@ -776,8 +778,9 @@ def parse_state(
     warnings = [f"{name}={quoted(annotations[name])}: {problems[name]}" for name in problems]
     for name in annotations:
         if name.startswith(ANNOTATION) and name not in READERS:
-            likely = did_you_mean(name, READERS, cutoff=0.6)
-            meant = f"did you mean {likely}?" if likely else "delete it"
+            bare = (known.removeprefix(ANNOTATION) for known in READERS)
+            likely = did_you_mean(name.removeprefix(ANNOTATION), bare, cutoff=0.6)
+            meant = f"did you mean {ANNOTATION}{likely}?" if likely else "delete it"
             warnings.append(f"the annotation {name} is unknown to the scaler: {meant}")
     named = {name.removeprefix(ANNOTATION).replace("-", "_"): v for name, v in given.items()}
     return State(**named, expired=expired, warnings=tuple(sorted(warnings)))
@@ -1143,14 +1146,14 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     if wait > 0:
         message = f"{stays}, and falls back to {fallback} in {math.ceil(wait)} s"
         return replace(held, message=message, wait=wait)
-    verdict = Verdict(current)
     if fallback > current:
         verdict = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
-    if verdict.reason:
-        return replace(held, reason=verdict.reason, message=stays + verdict.because)
+        if verdict.reason:
+            return replace(held, reason=verdict.reason, message=stays + verdict.because)
+    number = max(current, fallback)
     why = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}"
-    message = f"{why}; {outcome(current, verdict)}"
-    return replace(held, replicas=verdict.replicas, reason="Fallback", message=message)
+    message = f"{why}; {outcome(current, Verdict(number))}"
+    return replace(held, replicas=number, reason="Fallback", message=message)
 
 
 def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | None]:
@@ -1918,26 +1921,27 @@ def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return expect(dict, node)
 
 
-EDITORS = (
-    "kubectl-annotate", "kubectl-edit", "kubectl-patch", "kubectl-client-side-apply", FIELD_MANAGER
-)  # fmt: skip
+# The commands with which people edit have names of their own.
+EDITORS = re.compile(r"kubectl-(annotate|edit|patch|replace|client-side-apply)|" + FIELD_MANAGER)
+BARE_CLIENT = re.compile(r"(kubectl|oc)(\.exe)?|k9s")
 
 
 def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[str]:
     """Our annotations that a rollback brought back.
 
     A rollback writes the annotations and the pod template of an older ReplicaSet in one Update,
-    under the name of the client: `kubectl`, `kubectl.exe`, `oc`, `k9s`. The commands with which
-    people edit have names of their own. Whoever created the Deployment wrote both, too.
+    under the bare name of the client. If it only removed fields of the template, the name alone
+    tells. Whoever created the Deployment wrote both, too.
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
     undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
     for entry in managed:
+        manager = str(entry.get("manager"))
         update = entry.get("operation") == "Update" and not entry.get("subresource")
-        edited = entry.get("manager") in EDITORS or entry.get("time") == created
-        whole = update and not edited and owned(entry, "f:spec", "f:template")
-        names = undone if whole else others
+        edited = EDITORS.fullmatch(manager) or entry.get("time") == created
+        whole = owned(entry, "f:spec", "f:template") or BARE_CLIENT.fullmatch(manager)
+        names = undone if update and not edited and whole else others
         names.update(owned(entry, "f:metadata", "f:annotations"))
     ours = (name.removeprefix("f:") for name in undone - others)
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
