@@ -48,6 +48,10 @@ def random_jobs(number: int, seconds: int, seed: int = 1) -> list[Job]:
     return sorted(jobs[:number], key=lambda job: job.created)
 
 
+def job(created: float, seconds: float) -> Job:
+    return Job(BEGIN + created, BEGIN + created, BEGIN + created + seconds)
+
+
 class NewestFirst(random.Random):
     """Which of equal pods goes is luck; this one goes for the newest, as the simulator does."""
 
@@ -184,7 +188,7 @@ def real_looks(
                 **AWARE,
                 "MAX_REPLICAS": "12",
                 "SCALE_UP_COOLDOWN_SECONDS": "70",
-                "SCALE_DOWN_COOLDOWN_SECONDS": "65",
+                "SCALE_DOWN_COOLDOWN_SECONDS": "60",
                 "SCALE_DOWN_STABILIZATION_SECONDS": "130",
             },
             30,
@@ -197,7 +201,7 @@ def test_the_replicas_are_those_of_the_real_script(
     environ: dict[str, str], pod_start: int, minutes: int, tmp_path: Path
 ) -> None:
     end = BEGIN + minutes * 60
-    jobs = [Job(BEGIN, BEGIN, BEGIN), *random_jobs(minutes // 4, minutes * 50), Job(end, end, end)]
+    jobs = [job(0, 1), *random_jobs(minutes // 4, minutes * 50), Job(end, end, end)]
     points = simulate.simulate("", settings(environ), jobs, pod_start).panel.points
     real = real_looks(jobs, environ, pod_start, minutes, tmp_path)
     assert [(point.at - BEGIN, point.pods) for point in points if point.at < end] == real
@@ -208,10 +212,6 @@ def test_the_replicas_are_those_of_the_real_script(
 
 def outcome_of(jobs: Sequence[Job], environ: Mapping[str, str], pod_start: float = 30) -> Outcome:
     return simulate.simulate("", settings(environ), jobs, pod_start)
-
-
-def job(created: float, seconds: float) -> Job:
-    return Job(BEGIN + created, BEGIN + created, BEGIN + created + seconds)
 
 
 # --------------------------------------------------------------------------------- the windows
