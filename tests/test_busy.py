@@ -269,6 +269,22 @@ def test_a_renamed_deployment_keeps_its_busy_pods(world: World) -> None:
     assert sorted(live(world)) == sorted(busy) and run.record["busy"] == 4, run
 
 
+@pytest.mark.parametrize("steps", range(4))
+def test_a_deployment_that_is_just_adopting_its_pods_loses_none(world: World, steps: int) -> None:
+    """Its controller has not got to it yet, or is in the middle of it."""
+    busy = live(world)[:4]
+    hold(world.queue, busy)
+    delete_orphaning(world, "worker")
+    with world.cluster.by_steps() as controllers:
+        world.cluster.add_deployment("renamed", replicas=5, labels={"app": "worker"})
+        for _ in range(steps):
+            controllers.step("default", "deployments", "renamed")
+        world.name = "renamed"
+        run = world.run()
+    controllers.run("default")
+    assert {*busy} <= {*live(world)}, f"after {steps} steps\n{run}"
+
+
 def test_a_long_name_keeps_its_busy_pods(world: World) -> None:
     """The ReplicaSet's and the pods' names begin with only a part of the Deployment's."""
     world.name = "w" * 245
