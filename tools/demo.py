@@ -111,12 +111,12 @@ def stage(**settings: str) -> Iterator[Stage]:
         yield Stage(world, queue, clock)
 
 
-# --- What a person sees ------------------------------------------------------------------------
+# --- What the user sees -------------------------------------------------------------------------
 
 
 @dataclass
 class Screen:
-    """The table. Colour only where a terminal shows it."""
+    """The table. Colour only on a terminal."""
 
     colour: bool
     width: int
@@ -168,7 +168,7 @@ class Screen:
 
 
 def bar(stage: Stage, works: bool) -> str:
-    """A block a pod; where pods work, one that works on nothing is hollow."""
+    """A block per pod; if pods work, an idle one is hollow."""
     busy = stage.busy_pods()
     return "".join("■" if pod in busy or not works else "□" for pod in stage.pods())
 
@@ -191,7 +191,7 @@ class Show:
             run, removed = self.stage.run()
             self.screen.row(self.minute, run, bar(self.stage, self.works))
             for pod in removed if self.works else []:
-                what = "at work" if pod in self.stage.killed else "idle"
+                what = "busy" if pod in self.stage.killed else "idle"
                 self.screen.note(f"removed …{pod.removeprefix(NAME)} ({what})")
             if run.exit_code:
                 self.screen.check(False, f"every run ends well: {run}")
@@ -251,8 +251,8 @@ def idle_pods_first(screen: Screen) -> None:
         show = Show(world, screen, works=True)
         screen.headline(
             "5. Three pods work on jobs of 2, 5 and 8 minutes (BUSY_FILTER is set)",
-            "each pod disappears once it is idle (□), never while it works (■). All waits before "
-            "a scale-down are switched off here, so that every minute is a chance to get it wrong; "
+            "each pod disappears once it is idle (□), never while it works (■). All delays before "
+            "a scale-down are disabled here, so that every minute is a chance to get it wrong; "
             "left to itself, Kubernetes removes the youngest pod first, which has the longest job.",
         )
         for minutes in (2, 5, 8):
