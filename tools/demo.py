@@ -287,7 +287,8 @@ def job_becomes_due(screen: Screen) -> None:
             "1 pod until then, 2 pods at that minute.",
         )
         for number in (1, 2):
-            later = {"status": "waiting", "performAt": START + timedelta(minutes=2)}
+            due = START + timedelta(minutes=2)
+            later = {"status": "waiting", "minutes": 0, "performAt": due}
             world.queue.put(f"jobs/later-{number}", later)
         show.minutes(2)
         show.check_pods(1, "before they are due")
