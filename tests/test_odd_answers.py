@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,16 +21,6 @@ SPEC = {"replicas": 1, "selector": {"matchLabels": {"app": "worker"}}}
 
 
 Change = Callable[[Object], object]
-
-
-@pytest.fixture
-def short_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look of a quarter of a second, retries included."""
-
-    def deadline(run_end: float, margin: float, interval: int | None) -> scaler.Deadline:
-        return scaler.Deadline(time.monotonic() + 0.25, 0.1, run_end)
-
-    monkeypatch.setattr(scaler, "look_deadline", deadline)
 
 
 def edit(world: World, change: Change) -> None:
