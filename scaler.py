@@ -19,6 +19,7 @@ nothing was removed; 2, you have to fix something first; 143, interrupted.
 # The sections, in order; each uses only those above it:
 #
 #   failures             why a look ends early
+#   filters              what a job has to match
 #   output and settings  environment variables; a new setting is one field of Settings
 #   annotations          what the Deployment's annotations say: state and pauses
 #   decision             pure: decide() and one function per rule; a new rule goes here
@@ -154,11 +155,12 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float) -> str | None:
     return next(iter(get_close_matches(name, known, 1, cutoff)), None)
 
 
-# ----------------------------------------------------------------------- output and settings
+# ----------------------------------------------------------------------------------- filters
 
 Parser = Callable[[str], Any]  # raises ValueError, which says what was expected
 Condition = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
 Filter = tuple[tuple[Condition, ...], ...]  # alternatives: a job matches all conditions of one
+
 
 # The web's spelling, and the Python client's; people copy from both.
 ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
@@ -173,9 +175,6 @@ SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a path
 # nothing, for ever.
 FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
 FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
-SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
 RFC3339 = r"(?i)\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"
 RELATIVE = r"now(?:([+-])(\d{1,9})([smhd]))?"
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -206,31 +205,11 @@ def matching(pattern: str, expected: str, convert: Parser = str) -> Parser:
     return parse
 
 
-def bounded_integer(least: int, most: int, unit: str) -> Parser:
-    def parse(raw: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,10}", raw) or not least <= int(raw) <= most:
-            raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
-        return int(raw)
-
-    return parse
-
-
 def api_field_path(raw: str) -> str:
     """A field's path with quotes where the API needs them and people leave them out."""
     return re.sub(FIELD, lambda part: part[1] or "`" + part[0].replace("\\", r"\\") + "`", raw)
 
 
-non_empty = matching(r"(?s).+", "a name, not an empty one")
-object_name = matching(
-    r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
-    "a Kubernetes name: lower-case letters, digits, '-' and '.'",
-)
-collection = matching(
-    rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
-    "a collection path such as jobs or tenants/acme/jobs, or several, separated by commas: an odd "
-    "number of segments each, none of them empty, no space around one",
-    lambda raw: raw.strip("/"),
-)
 document_path = matching(
     rf"/*{SEGMENT}/{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
     "a document path such as lanes/fast: an even number of segments",
@@ -241,22 +220,6 @@ field_path = matching(
     "the name of a field, such as status or worker.pod, with no empty part and no space around one",
     api_field_path,
 )
-boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
-level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR", str.upper)
-line_format = matching("(?i)text|json", "text or json", str.lower)
-step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
-replica_count = bounded_integer(0, INT32_MAX, "pods")
-positive = bounded_integer(1, INT32_MAX, "pods or jobs")
-seconds = bounded_integer(0, 31_536_000, "seconds")
-window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
-budget_seconds = bounded_integer(1, 3600, "seconds")
-
-
-def collections(raw: str) -> tuple[str, ...]:
-    paths = tuple(collection(path.strip()) for path in raw.split(","))
-    if len(set(paths)) < len(paths):
-        raise ValueError("expected each collection once, or its jobs would count twice")
-    return paths
 
 
 def filters(raw: str) -> Filter:
@@ -376,6 +339,102 @@ def read_time(value: str) -> datetime:
 
 def write_time(when: datetime) -> str:
     return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Question = tuple[Filter, ...]  # filters all of which a job matches
+
+
+def signed_union(alternatives: Filter) -> list[tuple[int, Question]]:
+    """Questions whose counts, added with these signs, count a job that matches once.
+
+    An inequality sorts by its field, in whichever alternative it is, and Firestore leaves out of a
+    sorted query the jobs without the field. So only alternatives with inequalities on the same
+    fields share a query; the jobs that two queries count are subtracted.
+    """
+    groups: dict[frozenset[str], list[tuple[Condition, ...]]] = {}
+    for each in alternatives:
+        fields = frozenset(name for name, op, _ in each if op in SORTING)
+        groups.setdefault(fields, []).append(each)
+    return [
+        (-1 if len(some) % 2 == 0 else 1, some)
+        for size in range(1, len(groups) + 1)
+        for some in combinations(map(tuple, groups.values()), size)
+        if not any(exclusive(*pair) for pair in combinations(some, 2))
+    ]
+
+
+def single(signed: Iterable[tuple[int, Question]], beside: int = 0) -> list[Question]:
+    """The questions about one group of alternatives, and `beside` more filters."""
+    return [question for _, question in signed if len(question) == 1 + beside]
+
+
+def exclusive(left: Filter, right: Filter) -> bool:
+    """Whether no job can match both, as each pair of alternatives wants other values of a field."""
+
+    def wanted(each: tuple[Condition, ...]) -> dict[str, list[Any]]:
+        return {name: [v] if op == "==" else v for name, op, v in each if op in ("==", "in")}
+
+    def differ(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> bool:
+        shared = one.keys() & other.keys()
+        return any(all(v not in other[name] for v in one[name]) for name in shared)
+
+    return all(differ(wanted(one), wanted(other)) for one in left for other in right)
+
+
+def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
+    """Firestore compares values of one type only, so that text never orders with a timestamp."""
+    for name, op, value in (condition for each in alternatives for condition in each):
+        if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
+            yield (
+                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
+                f"which no timestamp matches; if {name} is a timestamp, write "
+                '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
+            )
+
+
+# ----------------------------------------------------------------------- output and settings
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
+SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
+
+
+def bounded_integer(least: int, most: int, unit: str) -> Parser:
+    def parse(raw: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,10}", raw) or not least <= int(raw) <= most:
+            raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
+        return int(raw)
+
+    return parse
+
+
+non_empty = matching(r"(?s).+", "a name, not an empty one")
+object_name = matching(
+    r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
+    "a Kubernetes name: lower-case letters, digits, '-' and '.'",
+)
+collection = matching(
+    rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
+    "a collection path such as jobs or tenants/acme/jobs, or several, separated by commas: an odd "
+    "number of segments each, none of them empty, no space around one",
+    lambda raw: raw.strip("/"),
+)
+boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
+level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR", str.upper)
+line_format = matching("(?i)text|json", "text or json", str.lower)
+step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
+replica_count = bounded_integer(0, INT32_MAX, "pods")
+positive = bounded_integer(1, INT32_MAX, "pods or jobs")
+seconds = bounded_integer(0, 31_536_000, "seconds")
+window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
+budget_seconds = bounded_integer(1, 3600, "seconds")
+
+
+def collections(raw: str) -> tuple[str, ...]:
+    paths = tuple(collection(path.strip()) for path in raw.split(","))
+    if len(set(paths)) < len(paths):
+        raise ValueError("expected each collection once, or its jobs would count twice")
+    return paths
 
 
 @dataclass(frozen=True)
@@ -655,8 +714,13 @@ Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
 
 
 def whole_second(when: datetime) -> datetime:
-    """The next whole second: annotations hold no fractions, and no delay may end early."""
-    return when + timedelta(microseconds=-when.microsecond % 1_000_000)
+    """The next whole second, or this one within its first tenth: annotations hold no fractions.
+
+    A look that has waited for a delay starts just after a whole second. If that were rounded up,
+    each cooldown in a row would end a second later after the minute, until a run misses it.
+    """
+    past = when.microsecond
+    return when + timedelta(microseconds=-past if past < 100_000 else 1_000_000 - past)
 
 
 def read_history(value: str) -> tuple[Recommendation, ...]:
@@ -1177,6 +1241,7 @@ def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | No
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 MARKS_BEGAN = datetime(2020, 1, 1, tzinfo=UTC)
+HIGHEST_MARK = -100_000_000  # each deletion cost that a run sets is this or lower
 
 
 @dataclass(frozen=True)
@@ -1223,8 +1288,8 @@ class Fleet:
     @property
     def marked(self) -> list[Pod]:
         """Pods whose deletion cost a run has set, and that are still here: its scale-down did not
-        come to its end. A cost above 0 is one of 0.2.0's, which harms nothing."""
-        return [pod for pod in self.pods if pod.own_cost and pod.cost < 0]
+        come to its end. A higher cost was restored by a run, or set by 0.2.0, and harms nothing."""
+        return [pod for pod in self.pods if pod.own_cost and pod.cost <= HIGHEST_MARK]
 
 
 def make_fleet(
@@ -1290,7 +1355,7 @@ def victim_cost(now: datetime, live: Iterable[Pod], lease: Lease | None) -> int:
     late, may still set: it falls with time."""
     lowest = -int((now - MARKS_BEGAN).total_seconds())
     there = [pod.cost for pod in live] + ([lease.cost] if lease else [])
-    return max(INT32_MIN, min([lowest, -1, *(cost - 1 for cost in there)]))
+    return max(INT32_MIN, min([lowest, HIGHEST_MARK, *(cost - 1 for cost in there)]))
 
 
 @dataclass(frozen=True)
@@ -1334,15 +1399,18 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         count += bool(found)
     warnings = []
     if odd:
+        jobs_name = "1 busy job does" if len(odd) == 1 else f"{len(odd)} busy jobs do"
         warnings.append(
-            f"{name} should hold the plain name of a pod, but {odd[0]} ({len(odd)} such busy "
-            "jobs, not all of them counted as busy); store metadata.name from the downward API"
+            f"{jobs_name} not hold the plain name of a pod in {name}: {odd[0]}; such a pod is not "
+            "removed, but its job may not be counted; store metadata.name from the downward API"
         )
     if unknown:
+        jobs_name, protect = "1 busy job names", "protects"
+        if len(unknown) > 1:
+            jobs_name, protect = f"{len(unknown)} busy jobs name", "protect"
         warnings.append(
-            f"{len(unknown)} busy {'job names' if len(unknown) == 1 else 'jobs name'} no live pod "
-            f"of the Deployment, such as {name}={unknown[0]}, and protect none; if that worker is "
-            "gone, return the job to the queue"
+            f"{jobs_name} no live pod of the Deployment, such as {name}={unknown[0]}, and "
+            f"{protect} none; if that worker is gone, return its job to the queue"
         )
     return BusyPods(frozenset(busy), count, bool(odd), warnings=tuple(warnings))
 
@@ -1577,46 +1645,6 @@ def open_firestore(settings: Settings, environ: Mapping[str, str]) -> Client:
         )
         advice = "set one of them"
         raise QueueFailure("Forbidden", problem, advice=advice, exit_code=2) from error
-
-
-Question = tuple[Filter, ...]  # filters all of which a job matches
-
-
-def signed_union(alternatives: Filter) -> list[tuple[int, Question]]:
-    """Questions whose counts, added with these signs, count a job that matches once.
-
-    An inequality sorts by its field, in whichever alternative it is, and Firestore leaves out of a
-    sorted query the jobs without the field. So only alternatives with inequalities on the same
-    fields share a query; the jobs that two queries count are subtracted.
-    """
-    groups: dict[frozenset[str], list[tuple[Condition, ...]]] = {}
-    for each in alternatives:
-        fields = frozenset(name for name, op, _ in each if op in SORTING)
-        groups.setdefault(fields, []).append(each)
-    return [
-        (-1 if len(some) % 2 == 0 else 1, some)
-        for size in range(1, len(groups) + 1)
-        for some in combinations(map(tuple, groups.values()), size)
-        if not any(exclusive(*pair) for pair in combinations(some, 2))
-    ]
-
-
-def single(signed: Iterable[tuple[int, Question]], beside: int = 0) -> list[Question]:
-    """The questions about one group of alternatives, and `beside` more filters."""
-    return [question for _, question in signed if len(question) == 1 + beside]
-
-
-def exclusive(left: Filter, right: Filter) -> bool:
-    """Whether no job can match both, as each pair of alternatives wants other values of a field."""
-
-    def wanted(each: tuple[Condition, ...]) -> dict[str, list[Any]]:
-        return {name: [v] if op == "==" else v for name, op, v in each if op in ("==", "in")}
-
-    def differ(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> bool:
-        shared = one.keys() & other.keys()
-        return any(all(v not in other[name] for v in one[name]) for name in shared)
-
-    return all(differ(wanted(one), wanted(other)) for one in left for other in right)
 
 
 class JobQueue:
@@ -1858,17 +1886,6 @@ def waiting_since(value: object) -> datetime:
     if isinstance(value, str):
         return read_time(value)
     raise ValueError("not a time")
-
-
-def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
-    """Firestore compares values of one type only, so that text never orders with a timestamp."""
-    for name, op, value in (condition for each in alternatives for condition in each):
-        if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
-            yield (
-                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
-                f"which no timestamp matches; if {name} is a timestamp, write "
-                '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
-            )
 
 
 # ----------------------------------------------------------------------------------- cluster
@@ -2819,27 +2836,29 @@ def poll(
             report.tell(decision)
             report.resting = True
         ended = time.monotonic()
-        due = next_look(report, interval, began, ended, decision.wait)
+        due = next_look(report, interval, ended, decision.wait, now)
         # A look that could only begin would report that its time is up.
         if due is None or due + min(ended - began, 1.0) > run_end - margin:
             return
         gc.enable()
-        pause(due - time.monotonic())
+        pause(max(0.0, due - time.monotonic()))
         if time.monotonic() > run_end - margin:  # the process was suspended meanwhile
             return
 
 
 def next_look(
-    report: Report, interval: int | None, began: float, ended: float, wait: float | None
+    report: Report, interval: int | None, ended: float, wait: float | None, now: datetime
 ) -> float | None:
-    """When the next look is due, on the monotonic clock."""
+    """When the next look is due, on the monotonic clock, after one that ended then and began at
+    `now`."""
     dues = []
     if interval is not None:
         dues.append(report.started + interval * math.ceil((ended - report.started) / interval))
-    # The wall clock and the monotonic one may differ by a little: nothing happens before its time.
     if wait is not None and (interval is not None or report.looks == 1):
-        delay_ends = began + wait + 0.05
-        dues += [delay_ends] if 0 < delay_ends - ended <= DELAY_SECONDS else []
+        left = wait - (report.log.clock() - now).total_seconds()
+        if left <= DELAY_SECONDS:
+            # The two clocks may differ by a little, and nothing happens before its time.
+            dues.append(ended + max(0.0, left) + 0.02)
     return min(dues, default=None)
 
 

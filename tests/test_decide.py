@@ -242,8 +242,8 @@ UNREADABLE = {
     "a step of 0 disables the fallback": (
         replace(FALLBACK, scale_up_step="0"), observed(3, **failing(86_400)), 3,
         "ScaleUpDisabled"),
-    "a step limits the fallback": (
-        replace(FALLBACK, scale_up_step="1"), observed(3, **failing(86_400)), 4, "Fallback"),
+    "another step does not limit the fallback": (
+        replace(FALLBACK, scale_up_step="1"), observed(3, **failing(86_400)), 5, "Fallback"),
     "a paused scale-out disables the fallback": (
         FALLBACK, observed(3, paused_scale_out="true", **failing(86_400)), 3, "ScaleUpDisabled"),
     "more pods than the fallback stay": (
