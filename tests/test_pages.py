@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import fields
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import scaler
+from tests.e2e.__main__ import ENDED
 from tests.support.firestore import FakeFirestore
 from tests.support.kubectl import ForKubectl, ended_job
 from tests.support.needs import need
@@ -170,6 +171,12 @@ def test_the_record_on_the_page_is_one_of_a_run(runs: list[Run]) -> None:
 
 
 @every_page
+def test_a_wait_for_a_job_returns_when_it_fails(page: Path) -> None:
+    for command in commands(page):
+        assert "kubectl wait job" not in command or ENDED in shlex.split(command), command
+
+
+@every_page
 def test_every_make_target_exists(page: Path) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     named = re.findall(r"`make ([a-z0-9-]+)", prose(page))
@@ -307,9 +314,21 @@ def test_a_pause_typed_as_the_page_says_is_applied(world: World) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", [README, OPERATIONS], ids=lambda page: page.name)
+def test_a_pause_for_two_hours_is_one_command(page: Path, world: World) -> None:
+    world.now = None  # the command reads the machine's clock
+    (command,) = (c for c in commands(page) if "paused-until=$((" in c)
+    begun = datetime.now(UTC)
+    assert typed(command, world).returncode == 0
+    message = world.run().record["message"]
+    (until,) = re.findall(r"paused by annotation until (\S+);", message)
+    assert 7199 <= (datetime.fromisoformat(until) - begun).total_seconds() <= 7260
+
+
+@pytest.mark.slow
 def test_a_cooldown_is_extended_and_ended_as_the_page_says(world: World) -> None:
     world.now = None  # the command reads the machine's clock
-    end, extend = (c for c in commands(OPERATIONS) if "queue-scaler/last-scale-time" in c)
+    end, extend, *_ = (c for c in commands(OPERATIONS) if "queue-scaler/last-scale-time" in c)
     assert typed(extend, world).returncode == 0
     message = world.run().record["message"]
     (left,) = (int(number) for number in re.findall(r"for (\d+) s more", message))
@@ -322,7 +341,8 @@ def test_a_cooldown_is_extended_and_ended_as_the_page_says(world: World) -> None
 def test_the_overlay_is_built_as_the_page_says(tmp_path: Path) -> None:
     need("kubectl")
     page, clone = DOCS / "several-deployments.md", tmp_path / "queue-scaler"
-    shutil.copytree(REPOSITORY / "examples", clone / "examples")
+    for directory in ("examples", "names"):
+        shutil.copytree(REPOSITORY / directory, clone / directory)
     for manifest in REPOSITORY.glob("*.yaml"):
         shutil.copy(manifest, clone)
     built = [c for c in commands(page) if "thumbnails" in c and "apply" not in c]
