@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 import scaler
 from scaler import LEASE
 from tests.conftest import Queue
-from tests.support.firestore import Call, FakeFirestore, On
+from tests.support.firestore import Call, Fail, FakeFirestore, On
 from tests.support.kubernetes import FakeKubernetes, Match, Request, answer
 from tests.support.kubernetes_objects import DELETION_COST, Object
 from tests.support.world import BUSY, START, World
@@ -268,6 +269,22 @@ def test_a_renamed_deployment_keeps_its_busy_pods(world: World) -> None:
     assert sorted(live(world)) == sorted(busy) and run.record["busy"] == 4, run
 
 
+@pytest.mark.parametrize("steps", range(4))
+def test_a_deployment_that_is_just_adopting_its_pods_loses_none(world: World, steps: int) -> None:
+    """Its controller has not got to it yet, or is in the middle of it."""
+    busy = live(world)[:4]
+    hold(world.queue, busy)
+    delete_orphaning(world, "worker")
+    with world.cluster.by_steps() as controllers:
+        world.cluster.add_deployment("renamed", replicas=5, labels={"app": "worker"})
+        for _ in range(steps):
+            controllers.step("default", "deployments", "renamed")
+        world.name = "renamed"
+        run = world.run()
+    controllers.run("default")
+    assert {*busy} <= {*live(world)}, f"after {steps} steps\n{run}"
+
+
 def test_a_long_name_keeps_its_busy_pods(world: World) -> None:
     """The ReplicaSet's and the pods' names begin with only a part of the Deployment's."""
     world.name = "w" * 245
@@ -399,12 +416,10 @@ def test_only_victims_are_marked(world: World) -> None:
     hold(world.queue, busy)
     set_cost(world, busy[:1], "7")
     set_cost(world, [first], "-5")
-    before: dict[str, str] = {}
-    world.cluster.hook(
-        LISTED_PODS, lambda _: before.clear() or before.update(costs(world)), times=2
-    )
+    seen: list[dict[str, str]] = []
+    world.cluster.hook(LISTED_PODS, lambda _: seen.append(costs(world)), times=2)
     run = world.run()
-    assert before == {first: COST, second: COST, busy[0]: "7"}, "when the pods were read again"
+    assert seen[1] == {first: COST, second: COST, busy[0]: "7"}
     assert sorted(patched(world)) == sorted([first, second])
     assert sorted(live(world)) == sorted(busy), run
 
@@ -486,11 +501,39 @@ def test_a_run_reuses_its_own_lease_after_a_conflict(world: World) -> None:
     assert sorted(patched(world)) == sorted(idle), "each victim once"
 
 
-def test_an_unreadable_lease_counts_as_absent(world: World) -> None:
-    world.cluster.annotate("worker", **{LEASE: "mine"})
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda world: world.queue.fault(SECOND_READ, Fail(StatusCode.PERMISSION_DENIED)),
+        lambda world: world.cluster.fault(LISTED_PODS, answer(403), nth=2),
+        lambda world: world.cluster.fault(PATCHED_DEPLOYMENT, answer(422), nth=2),
+    ],
+    ids=["Firestore", "list", "patch"],
+)
+def test_a_run_that_fails_removes_its_lease(world: World, fault: Callable[[World], object]) -> None:
+    hold(world.queue, live(world)[:1])
+    fault(world)
+    run = world.run()
+    assert (run.exit_code, world.replicas) == (2, 5), run
+    assert len(patched(world)) == 4 and LEASE not in world.cluster.annotations("worker")
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("mine", "not a lease of a run: counts as absent"),
+        ("soon -189388900 abcd1234", "not a time such as 2026-01-01T00:00:00Z or 1767225600"),
+        (
+            "2026-01-01T00:02:00Z -189388900 abcd1234",
+            "further ahead than a run can last: counts as absent",
+        ),
+    ],
+)
+def test_an_odd_lease_counts_as_absent(world: World, value: str, why: str) -> None:
+    world.cluster.annotate("worker", **{LEASE: value})
     run = world.run()
     assert (run.reason, world.replicas) == ("ScaledDown", 1), run
-    assert f"{LEASE}='mine': not a lease of a run: counts as absent" in run.stdout
+    assert f"{LEASE}='{value}': {why}" in run.stdout, run
     assert LEASE not in world.cluster.annotations("worker")
 
 
@@ -498,8 +541,8 @@ def test_an_unreadable_lease_counts_as_absent(world: World) -> None:
 
 
 def die_before_the_patch(world: World) -> None:
-    """A run that has marked its victims and then may not scale."""
-    world.cluster.fault(PATCHED_DEPLOYMENT, answer(403), nth=2)
+    """A run that has marked its victims, and from then on may not write."""
+    world.cluster.fault(PATCHED_DEPLOYMENT, answer(403), nth=2, times=2)
     run = world.run()
     assert run.exit_code == 2 and costs(world) and world.replicas == 5, run
     assert LEASE in world.cluster.annotations("worker")
