@@ -19,6 +19,7 @@ nothing was removed; 2, you have to fix something first; 143, interrupted.
 # The sections, in order; each uses only those above it:
 #
 #   failures             why a look ends early
+#   filters              what a job has to match
 #   output and settings  environment variables; a new setting is one field of Settings
 #   annotations          what the Deployment's annotations say: state and pauses
 #   decision             pure: decide() and one function per rule; a new rule goes here
@@ -58,6 +59,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -118,6 +120,10 @@ class Failure(Exception):
         self.transient = transient and exit_code == 1
         self.retry_after, self.read_again = retry_after, read_again
 
+    @property
+    def whole(self) -> str:
+        return f"{self}; {self.advice}" if self.advice else str(self)
+
 
 class QueueFailure(Failure):
     """The queue could not be read."""
@@ -153,16 +159,18 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float) -> str | None:
     return next(iter(get_close_matches(name, known, 1, cutoff)), None)
 
 
-# ----------------------------------------------------------------------- output and settings
+# ----------------------------------------------------------------------------------- filters
 
 Parser = Callable[[str], Any]  # raises ValueError, which says what was expected
 Condition = tuple[str, str, Any]  # field, operator, value, in the words of a Firestore query
 Filter = tuple[tuple[Condition, ...], ...]  # alternatives: a job matches all conditions of one
 
+
 # The web's spelling, and the Python client's; people copy from both.
 ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not-in", *ARRAY)
 INEQUALITIES = ("<", "<=", ">", ">=")
+SORTING = (*INEQUALITIES, "!=", "not-in")
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 DISJUNCTIONS = 30  # Firestore's limit on a query in disjunctive normal form
 MAP_DEPTH = 20  # Firestore's limit on nested values
@@ -171,9 +179,6 @@ SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a path
 # nothing, for ever.
 FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
 FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
-SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
 RFC3339 = r"(?i)\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"
 RELATIVE = r"now(?:([+-])(\d{1,9})([smhd]))?"
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -204,31 +209,11 @@ def matching(pattern: str, expected: str, convert: Parser = str) -> Parser:
     return parse
 
 
-def bounded_integer(least: int, most: int, unit: str) -> Parser:
-    def parse(raw: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,10}", raw) or not least <= int(raw) <= most:
-            raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
-        return int(raw)
-
-    return parse
-
-
 def api_field_path(raw: str) -> str:
     """A field's path with quotes where the API needs them and people leave them out."""
     return re.sub(FIELD, lambda part: part[1] or "`" + part[0].replace("\\", r"\\") + "`", raw)
 
 
-non_empty = matching(r"(?s).+", "a name, not an empty one")
-object_name = matching(
-    r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
-    "a Kubernetes name: lower-case letters, digits, '-' and '.'",
-)
-collection = matching(
-    rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
-    "a collection path such as jobs or tenants/acme/jobs, or several, separated by commas: an odd "
-    "number of segments each, none of them empty, no space around one",
-    lambda raw: raw.strip("/"),
-)
 document_path = matching(
     rf"/*{SEGMENT}/{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
     "a document path such as lanes/fast: an even number of segments",
@@ -239,22 +224,6 @@ field_path = matching(
     "the name of a field, such as status or worker.pod, with no empty part and no space around one",
     api_field_path,
 )
-boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
-level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR", str.upper)
-line_format = matching("(?i)text|json", "text or json", str.lower)
-step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
-replica_count = bounded_integer(0, INT32_MAX, "pods")
-positive = bounded_integer(1, INT32_MAX, "pods or jobs")
-seconds = bounded_integer(0, 31_536_000, "seconds")
-window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
-budget_seconds = bounded_integer(1, 3600, "seconds")
-
-
-def collections(raw: str) -> tuple[str, ...]:
-    paths = tuple(collection(path.strip()) for path in raw.split(","))
-    if len(set(paths)) < len(paths):
-        raise ValueError("expected each collection once, or its jobs would count twice")
-    return paths
 
 
 def filters(raw: str) -> Filter:
@@ -276,8 +245,9 @@ def filters(raw: str) -> Filter:
         parsed = tuple(tuple(parse_condition(one) for one in each) for each in alternatives)
         if disjunctions(parsed) > DISJUNCTIONS:
             raise ValueError(f"Firestore takes at most {DISJUNCTIONS} alternatives, lists included")
-        if len(parsed) > 1 and any(op == "not-in" for each in parsed for _, op, _ in each):
-            raise ValueError("Firestore cannot combine not-in with alternatives")
+        used = {op for each in parsed for _, op, _ in each}
+        if "not-in" in used and (len(parsed) > 1 or used & {"in", "array_contains_any"}):
+            raise ValueError("Firestore cannot combine not-in with alternatives, in or any")
         return parsed
     except ValueError as error:
         raise ValueError(f"{form}; {error}") from None
@@ -327,13 +297,14 @@ def typed(value: Any) -> Any:
         return value
     for key, parse in (("timestampValue", timestamp_value), ("referenceValue", reference_value)):
         if key in value:
-            if len(value) > 1 or not isinstance(value[key], str):
-                raise ValueError(f"{quoted(value)}: expected {key} alone, with a text")
+            if len(value) > 1:
+                raise ValueError(f"{quoted(value)}: expected {key} alone")
             return parse(value[key])
     return {key: typed(one) for key, one in value.items()}
 
 
-def timestamp_value(text: str) -> RelativeTime | datetime:
+def timestamp_value(value: object) -> RelativeTime | datetime:
+    text = value if isinstance(value, str) else ""
     relative = re.fullmatch(RELATIVE, text)
     try:
         if relative:
@@ -346,14 +317,14 @@ def timestamp_value(text: str) -> RelativeTime | datetime:
     except (ValueError, OverflowError):
         pass
     expected = "now, now-15m, now+2h (s, m, h or d) or a time such as 2026-01-01T00:00:00Z"
-    raise ValueError(f"timestampValue {quoted(text)}: expected {expected}")
+    raise ValueError(f"timestampValue {quoted(value)}: expected {expected}")
 
 
-def reference_value(text: str) -> Reference:
+def reference_value(value: object) -> Reference:
     try:
-        return Reference(document_path(text))
+        return Reference(document_path(value if isinstance(value, str) else ""))
     except ValueError as error:
-        raise ValueError(f"referenceValue {quoted(text)}: {error}") from None
+        raise ValueError(f"referenceValue {quoted(value)}: {error}") from None
 
 
 def read_time(value: str) -> datetime:
@@ -372,6 +343,102 @@ def read_time(value: str) -> datetime:
 
 def write_time(when: datetime) -> str:
     return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Question = tuple[Filter, ...]  # filters all of which a job matches
+
+
+def signed_union(alternatives: Filter) -> list[tuple[int, Question]]:
+    """Questions whose counts, added with these signs, count a job that matches once.
+
+    An inequality sorts by its field, in whichever alternative it is, and Firestore leaves out of a
+    sorted query the jobs without the field. So only alternatives with inequalities on the same
+    fields share a query; the jobs that two queries count are subtracted.
+    """
+    groups: dict[frozenset[str], list[tuple[Condition, ...]]] = {}
+    for each in alternatives:
+        fields = frozenset(name for name, op, _ in each if op in SORTING)
+        groups.setdefault(fields, []).append(each)
+    return [
+        (-1 if len(some) % 2 == 0 else 1, some)
+        for size in range(1, len(groups) + 1)
+        for some in combinations(map(tuple, groups.values()), size)
+        if not any(exclusive(*pair) for pair in combinations(some, 2))
+    ]
+
+
+def single(signed: Iterable[tuple[int, Question]], beside: int = 0) -> list[Question]:
+    """The questions about one group of alternatives, and `beside` more filters."""
+    return [question for _, question in signed if len(question) == 1 + beside]
+
+
+def exclusive(left: Filter, right: Filter) -> bool:
+    """Whether no job can match both, as each pair of alternatives wants other values of a field."""
+
+    def wanted(each: tuple[Condition, ...]) -> dict[str, list[Any]]:
+        return {name: [v] if op == "==" else v for name, op, v in each if op in ("==", "in")}
+
+    def differ(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> bool:
+        shared = one.keys() & other.keys()
+        return any(all(v not in other[name] for v in one[name]) for name in shared)
+
+    return all(differ(wanted(one), wanted(other)) for one in left for other in right)
+
+
+def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
+    """Firestore compares values of one type only, so that text never orders with a timestamp."""
+    for name, op, value in (condition for each in alternatives for condition in each):
+        if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
+            yield (
+                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
+                f"which no timestamp matches; if {name} is a timestamp, write "
+                '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
+            )
+
+
+# ----------------------------------------------------------------------- output and settings
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+DAY, TIME = "|".join(WEEKDAYS), r"(?:[01]\d|2[0-3]):[0-5]\d"
+SCHEDULED = rf"(?ai)(\d{{1,10}}) ({DAY})(?:-({DAY}))? ({TIME})-(?!\4)(24:00|{TIME}) (\S+)"
+
+
+def bounded_integer(least: int, most: int, unit: str) -> Parser:
+    def parse(raw: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,10}", raw) or not least <= int(raw) <= most:
+            raise ValueError(f"expected a whole number of {unit} from {least} to {most}")
+        return int(raw)
+
+    return parse
+
+
+non_empty = matching(r"(?s).+", "a name, not an empty one")
+object_name = matching(
+    r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
+    "a Kubernetes name: lower-case letters, digits, '-' and '.'",
+)
+collection = matching(
+    rf"/*{SEGMENT}(?:/{SEGMENT}/{SEGMENT})*/*",
+    "a collection path such as jobs or tenants/acme/jobs, or several, separated by commas: an odd "
+    "number of segments each, none of them empty, no space around one",
+    lambda raw: raw.strip("/"),
+)
+boolean = matching("(?i)true|false", "true or false", lambda raw: raw.lower() == "true")
+level = matching("(?i)debug|info|warning|error", "DEBUG, INFO, WARNING or ERROR", str.upper)
+line_format = matching("(?i)text|json", "text or json", str.lower)
+step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage such as 50%")
+replica_count = bounded_integer(0, INT32_MAX, "pods")
+positive = bounded_integer(1, INT32_MAX, "pods or jobs")
+seconds = bounded_integer(0, 31_536_000, "seconds")
+window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
+budget_seconds = bounded_integer(1, 3600, "seconds")
+
+
+def collections(raw: str) -> tuple[str, ...]:
+    paths = tuple(collection(path.strip()) for path in raw.split(","))
+    if len(set(paths)) < len(paths):
+        raise ValueError("expected each collection once, or its jobs would count twice")
+    return paths
 
 
 @dataclass(frozen=True)
@@ -762,13 +829,17 @@ def parse_state(
     for name in (LAST_SCALE_TIME, FAILING_SINCE):
         if name in values and values[name] > latest:
             problems[name] = "further ahead than the longest cooldown: counts as absent"
+    # A minute for clocks that differ.
+    longest = timedelta(seconds=settings.timeout_seconds + 60)
+    if LEASE in values and values[LEASE].until > now + longest:
+        problems[LEASE] = "further ahead than a run can last: counts as absent"
     for name in restored & READERS.keys() & annotations.keys():
         applied = (
             "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
         )
-        problems[name] = (
-            f"restored by a rollback: {applied}; delete it, or set it again if intended"
-        )
+        problems[name] = f"restored by a rollback: {applied}"
+        if name in (*PAUSES, PAUSED_UNTIL):
+            problems[name] += "; delete it, and set it again if intended"
     until = values.get(PAUSED_UNTIL) if PAUSED_UNTIL not in problems else None
     expired: tuple[str, ...] = ()
     if until and now >= until:
@@ -781,8 +852,9 @@ def parse_state(
     warnings = [f"{name}={quoted(annotations[name])}: {problems[name]}" for name in problems]
     for name in annotations:
         if name.startswith(ANNOTATION) and name not in READERS:
-            likely = did_you_mean(name, READERS, cutoff=0.6)
-            meant = f"did you mean {likely}?" if likely else "delete it"
+            bare = (known.removeprefix(ANNOTATION) for known in READERS)
+            likely = did_you_mean(name.removeprefix(ANNOTATION), bare, cutoff=0.6)
+            meant = f"did you mean {ANNOTATION}{likely}?" if likely else "delete it"
             warnings.append(f"the annotation {name} is unknown to the scaler: {meant}")
     named = {name.removeprefix(ANNOTATION).replace("-", "_"): v for name, v in given.items()}
     return State(**named, expired=expired, warnings=tuple(sorted(warnings)))
@@ -1148,14 +1220,14 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     if wait > 0:
         message = f"{stays}, and falls back to {fallback} in {math.ceil(wait)} s"
         return replace(held, message=message, wait=wait)
-    verdict = Verdict(current)
     if fallback > current:
         verdict = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
-    if verdict.reason:
-        return replace(held, reason=verdict.reason, message=stays + verdict.because)
+        if verdict.reason:
+            return replace(held, reason=verdict.reason, message=stays + verdict.because)
+    number = max(current, fallback)
     why = f"{problem}; falls back to FALLBACK_REPLICAS={fallback}"
-    message = f"{why}; {outcome(current, verdict)}"
-    return replace(held, replicas=verdict.replicas, reason="Fallback", message=message)
+    message = f"{why}; {outcome(current, Verdict(number))}"
+    return replace(held, replicas=number, reason="Fallback", message=message)
 
 
 def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | None]:
@@ -1173,6 +1245,7 @@ def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | No
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 MARKS_BEGAN = datetime(2020, 1, 1, tzinfo=UTC)
+HIGHEST_MARK = -100_000_000  # each deletion cost that a run sets is this or lower
 
 
 @dataclass(frozen=True)
@@ -1196,20 +1269,22 @@ class Pod:
 
 @dataclass(frozen=True)
 class ReplicaSet:
-    """One that the Deployment controls, and the number of pods that it wants."""
+    """One that the Deployment controls, and the numbers of pods that it wants and has."""
 
     uid: str
     replicas: int
+    present: int = 0
 
 
 @dataclass(frozen=True)
 class Fleet:
     """The live pods of the Deployment. `unsettled` says why a scale-down could not be steered now,
-    or is empty; `removing` whether a ReplicaSet still has pods to remove, so that no deletion cost
-    may change."""
+    or is empty; `uncertain` whether there may be more pods; `removing` whether a ReplicaSet still
+    has pods to remove, so that no deletion cost may change."""
 
     pods: tuple[Pod, ...]
     unsettled: str = ""
+    uncertain: bool = False
     removing: bool = False
 
     @property
@@ -1219,8 +1294,8 @@ class Fleet:
     @property
     def marked(self) -> list[Pod]:
         """Pods whose deletion cost a run has set, and that are still here: its scale-down did not
-        come to its end. A cost above 0 is one of 0.2.0's, which harms nothing."""
-        return [pod for pod in self.pods if pod.own_cost and pod.cost < 0]
+        come to its end. A higher cost was restored by a run, or set by 0.2.0, and harms nothing."""
+        return [pod for pod in self.pods if pod.own_cost and pod.cost <= HIGHEST_MARK]
 
 
 def make_fleet(
@@ -1230,20 +1305,25 @@ def make_fleet(
 
     `replicas` is the Deployment's number, `observed` whether its controller has seen the last
     change. The controller shares a scale-down among the ReplicaSets that want pods, in proportion
-    to their sizes and even if one of them has none, so that no deletion cost could steer it.
+    to their sizes and even if one of them has none, so that no deletion cost could steer it. A new
+    Deployment that is about to adopt a ReplicaSet does not control it yet.
     """
     own = {one.uid: one.replicas for one in sets}
     mine = tuple(pod for pod in live if pod.owner in own)
-    present = Counter(pod.owner for pod in mine)
+    present, there = Counter(pod.owner for pod in mine), sum(one.present for one in sets)
     removing = any(present[uid] > wanted for uid, wanted in own.items())
+    rollout = sum(wanted > 0 for wanted in own.values()) > 1
+    behind = not observed or (sum(own.values()) != replicas and not rollout)
     unsettled = ""
-    if sum(wanted > 0 for wanted in own.values()) > 1:
+    if rollout:
         unsettled = "a rollout is in progress"
-    elif not observed or sum(own.values()) != replicas:
+    elif behind:
         unsettled = "the Deployment controller has not applied the last change yet"
+    elif len(mine) < there:
+        unsettled = f"only {len(mine)} of {pods(there)} were listed"
     elif removing:
         unsettled = "the last scale-down has not finished yet"
-    return Fleet(mine, unsettled, removing or not observed)
+    return Fleet(mine, unsettled, behind or len(mine) < there, removing or not observed)
 
 
 def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None) -> Removable:
@@ -1255,6 +1335,8 @@ def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None
     without, the costs are what they are.
     """
     ranks = [(pod.rank, pod.cost) for pod in fleet.pods if pod.name in busy]
+    if fleet.uncertain and not ranks:
+        return Removable(0, f", as {fleet.unsettled}, and a pod may be busy")
     if not ranks:
         return Removable(current)
     if fleet.unsettled:
@@ -1286,7 +1368,7 @@ def victim_cost(now: datetime, live: Iterable[Pod], lease: Lease | None) -> int:
     late, may still set: it falls with time."""
     lowest = -int((now - MARKS_BEGAN).total_seconds())
     there = [pod.cost for pod in live] + ([lease.cost] if lease else [])
-    return max(INT32_MIN, min([lowest, -1, *(cost - 1 for cost in there)]))
+    return max(INT32_MIN, min([lowest, HIGHEST_MARK, *(cost - 1 for cost in there)]))
 
 
 @dataclass(frozen=True)
@@ -1330,15 +1412,18 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         count += bool(found)
     warnings = []
     if odd:
+        jobs_name = "1 busy job does" if len(odd) == 1 else f"{len(odd)} busy jobs do"
         warnings.append(
-            f"{name} should hold the plain name of a pod, but {odd[0]} ({len(odd)} such busy "
-            "jobs, not all of them counted as busy); store metadata.name from the downward API"
+            f"{jobs_name} not hold the plain name of a pod in {name}: {odd[0]}; such a pod is not "
+            "removed, but its job may not be counted; store metadata.name from the downward API"
         )
     if unknown:
+        jobs_name, protect = "1 busy job names", "protects"
+        if len(unknown) > 1:
+            jobs_name, protect = f"{len(unknown)} busy jobs name", "protect"
         warnings.append(
-            f"{len(unknown)} busy {'job names' if len(unknown) == 1 else 'jobs name'} no live pod "
-            f"of the Deployment, such as {name}={unknown[0]}, and protect none; if that worker is "
-            "gone, return the job to the queue"
+            f"{jobs_name} no live pod of the Deployment, such as {name}={unknown[0]}, and "
+            f"{protect} none; if that worker is gone, return its job to the queue"
         )
     return BusyPods(frozenset(busy), count, bool(odd), warnings=tuple(warnings))
 
@@ -1600,22 +1685,27 @@ class JobQueue:
                 raise QueueFailure("QueueUnavailable", problem, transient=False)
             return counts[0]
 
-        waiting = self._ask_all("counting waiting jobs", read, [settings.waiting_filter])
+        def count(doing: str, signed: Sequence[tuple[int, Question]]) -> tuple[int, bool]:
+            signs = [sign for sign, _ in signed] * len(settings.queue_collection)
+            counts = self._ask_all(doing, read, [question for _, question in signed])
+            total = sum(sign * number for sign, number in zip(signs, counts, strict=True))
+            capped = any(number >= limit for number in counts)
+            return (max(total, limit) if capped else total), capped
+
+        waiting, capped = count("counting waiting jobs", signed_union(settings.waiting_filter))
         busy: int | None = None
         if pod_names is not None:
-            batches = list(self._batches(pod_names))
-            busy = sum(self._ask_all("counting busy jobs", read, [*batches]))
+            busy, _ = count("counting busy jobs", list(self._batches(pod_names)))
         warnings: list[str] = []
-        if not sum(waiting):
+        if not waiting:
             warnings += unmatched_times("WAITING_FILTER", settings.waiting_filter)
         if busy == 0 and pod_names:
             warnings += unmatched_times("BUSY_FILTER", settings.busy_filter or ())
         oldest = None
-        if sum(waiting) and settings.waiting_since_field:
+        if waiting and settings.waiting_since_field:
             oldest, problem = self._oldest_seconds(settings.waiting_since_field)
             warnings += [problem] if problem else []
-        capped = any(count >= limit for count in waiting)
-        return QueueLength(sum(waiting), capped, busy, oldest), tuple(warnings)
+        return QueueLength(waiting, capped, busy, oldest), tuple(warnings)
 
     def _oldest_seconds(self, name: str) -> tuple[float | None, str]:
         """How long the oldest waiting job has waited, or why that is unknown. One try: the rest of
@@ -1627,10 +1717,10 @@ class JobQueue:
 
         doing = "reading the oldest waiting job"
         try:
-            asked = self._ask_all(doing, read, [self._settings.waiting_filter], retry=False)
+            groups = single(signed_union(self._settings.waiting_filter))
+            asked = self._ask_all(doing, read, groups, retry=False)
         except QueueFailure as failure:
-            advice = f"; {failure.advice}" if failure.advice else ""
-            return None, f"WAITING_SINCE_FIELD={name} was not read: {failure}{advice}"
+            return None, f"WAITING_SINCE_FIELD={name} was not read: {failure.whole}"
         ages = []
         for value in (value for found in asked for value in found):
             try:
@@ -1687,29 +1777,31 @@ class JobQueue:
             return [(job.reference.path, value(job)) for job in rows]
 
         doing = "reading which pods are busy"
-        conditions = settings.busy_filter or ()
-        asked = self._ask_all(doing, read, [conditions])
-        jobs = [job for found in asked for job in found]
+        groups = single(signed_union(settings.busy_filter or ()))
+        asked = self._ask_all(doing, read, groups)
+        jobs = list({path: (path, value) for found in asked for path, value in found}.values())
         if jobs and all(value is missing for _, value in jobs):
-            self._blame_pod_field(live, len(jobs), conditions)
+            self._blame_pod_field(live, len(jobs), groups)
         jobs = [(path, None if value is missing else value) for path, value in jobs]
         found = find_busy_pods(live, jobs, name)
         if any(len(one) >= limit for one in asked):
             # There are more busy jobs than were read, so that those of the pods are read by name.
-            batches = list(self._batches([pod.name for pod in live]))
+            batches = single(self._batches([pod.name for pod in live]), beside=1)
             named = [job for one in self._ask_all(doing, read, batches) for job in one]
             exact = find_busy_pods(live, named, name)
             names, jobs_found = found.names | exact.names, max(found.jobs, exact.jobs)
             return replace(found, names=names, jobs=jobs_found, incomplete=found.inexact)
         return found
 
-    def _blame_pod_field(self, live: Sequence[Pod], count: int, conditions: Filter) -> NoReturn:
+    def _blame_pod_field(
+        self, live: Sequence[Pod], count: int, groups: Sequence[Question]
+    ) -> NoReturn:
         """Name a field that the busy jobs do have, best the one that holds a pod's name."""
 
         def read(query: Any, **call: Any) -> list[dict[str, object]]:
             return [job.to_dict() or {} for job in query.limit(1).stream(**call)]
 
-        asked = self._ask_all("reading a busy job", read, [conditions])
+        asked = self._ask_all("reading a busy job", read, groups)
         document = next((job for found in asked for job in found), {})
         names = sorted(
             document,
@@ -1727,45 +1819,43 @@ class JobQueue:
             exit_code=2,
         )
 
-    def _batches(self, pod_names: Sequence[str]) -> Iterator[Filter]:
-        """The filters for as many pods as Firestore takes in an `in`, whose limit is on the product
-        of it and of the alternatives and lists in BUSY_FILTER."""
-        alternatives = self._settings.busy_filter or ()
-        size = max(1, DISJUNCTIONS // disjunctions(alternatives))
-        for start in range(0, len(pod_names), size):
-            names = list(pod_names[start : start + size])
-            yield tuple(
-                (*each, (self._settings.busy_pod_field, "in", names)) for each in alternatives
-            )
+    def _batches(self, pod_names: Sequence[str]) -> Iterator[tuple[int, Question]]:
+        """The questions about the busy jobs of as many pods as Firestore takes in an `in`, whose
+        limit is on the product of it and of the alternatives and lists in BUSY_FILTER."""
+        for sign, question in signed_union(self._settings.busy_filter or ()):
+            size = max(1, DISJUNCTIONS // math.prod(map(disjunctions, question)))
+            for start in range(0, len(pod_names), size):
+                names = list(pod_names[start : start + size])
+                yield sign, (*question, (((self._settings.busy_pod_field, "in", names),),))
 
     def _ask_all(
-        self, doing: str, read: Callable[..., T], conditions: Sequence[Filter], retry: bool = True
+        self, doing: str, read: Callable[..., T], asked: Sequence[Question], retry: bool = True
     ) -> list[T]:
-        """Ask each of the collections each of the filters, several at a time."""
+        """Ask each of the collections each of the questions, several at a time."""
         client = self._firestore.client(self._progress)
         paths = self._settings.queue_collection
-        questions = [(path, one) for path in paths for one in conditions]
+        questions = [(path, one) for path in paths for one in asked]
         again = self._progress.deadline.retrying("transient", reserve=True)
 
-        def ask(question: tuple[str, Filter]) -> T:
+        def ask(question: tuple[str, Question]) -> T:
             query = self._query(client, *question)
             return again(self._ask, doing, read, query) if retry else self._ask(doing, read, query)
 
         return concurrently(ask, questions)
 
-    def _query(self, client: Client, path: str, alternatives: Filter) -> Any:
+    def _query(self, client: Client, path: str, question: Question) -> Any:
         from google.cloud.firestore import And, FieldFilter, Or
 
         by_group = self._settings.queue_collection_group
         query: Any = client.collection_group(path) if by_group else client.collection(path)
-        each = [
-            [FieldFilter(name, op, self._resolve(client, value)) for name, op, value in conditions]
-            for conditions in alternatives
-        ]
-        if len(each) > 1:
-            return query.where(filter=Or([And([*conditions]) for conditions in each]))
-        for condition in each[0] if each else ():
-            query = query.where(filter=condition)
+        for alternatives in question:
+            each = [
+                And([FieldFilter(name, op, self._resolve(client, v)) for name, op, v in conditions])
+                for conditions in alternatives
+                if conditions
+            ]
+            if each:
+                query = query.where(filter=Or([*each]) if len(each) > 1 else each[0])
         return query
 
     def _resolve(self, client: Client, value: Any) -> Any:
@@ -1808,17 +1898,6 @@ def waiting_since(value: object) -> datetime:
     if isinstance(value, str):
         return read_time(value)
     raise ValueError("not a time")
-
-
-def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
-    """Firestore compares values of one type only, so that text never orders with a timestamp."""
-    for name, op, value in (condition for each in alternatives for condition in each):
-        if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
-            yield (
-                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
-                f"which no timestamp matches; if {name} is a timestamp, write "
-                '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
-            )
 
 
 # ----------------------------------------------------------------------------------- cluster
@@ -1923,26 +2002,27 @@ def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return expect(dict, node)
 
 
-EDITORS = (
-    "kubectl-annotate", "kubectl-edit", "kubectl-patch", "kubectl-client-side-apply", FIELD_MANAGER
-)  # fmt: skip
+# The commands with which people edit have names of their own.
+EDITORS = re.compile(r"kubectl-(annotate|edit|patch|replace|client-side-apply)|" + FIELD_MANAGER)
+BARE_CLIENT = re.compile(r"(kubectl|oc)(\.exe)?|k9s")
 
 
 def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[str]:
     """Our annotations that a rollback brought back.
 
     A rollback writes the annotations and the pod template of an older ReplicaSet in one Update,
-    under the name of the client: `kubectl`, `kubectl.exe`, `oc`, `k9s`. The commands with which
-    people edit have names of their own. Whoever created the Deployment wrote both, too.
+    under the bare name of the client. If it only removed fields of the template, the name alone
+    tells. Whoever created the Deployment wrote both, too.
 
     The time of the last scale is read as it is: an older one holds nothing up for longer.
     """
     undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
     for entry in managed:
+        manager = str(entry.get("manager"))
         update = entry.get("operation") == "Update" and not entry.get("subresource")
-        edited = entry.get("manager") in EDITORS or entry.get("time") == created
-        whole = update and not edited and owned(entry, "f:spec", "f:template")
-        names = undone if whole else others
+        edited = EDITORS.fullmatch(manager) or entry.get("time") == created
+        whole = owned(entry, "f:spec", "f:template") or BARE_CLIENT.fullmatch(manager)
+        names = undone if update and not edited and whole else others
         names.update(owned(entry, "f:metadata", "f:annotations"))
     ours = (name.removeprefix("f:") for name in undone - others)
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
@@ -1989,7 +2069,9 @@ def parse_replica_set(item: Any, deployment: str) -> ReplicaSet | None:
     metadata = item["metadata"]
     if controller_of(metadata, "Deployment") != deployment:
         return None
-    return ReplicaSet(expect(str, metadata["uid"]), expect(int, item["spec"].get("replicas", 1)))
+    wanted = expect(int, item["spec"].get("replicas", 1))
+    present = expect(int, (item.get("status") or {}).get("replicas", 0))
+    return ReplicaSet(expect(str, metadata["uid"]), wanted, present)
 
 
 def parse_pod(item: Any) -> Pod | None:
@@ -2102,7 +2184,7 @@ class Cluster:
             if answer["kind"] != kind:  # or an empty answer would mean that no pod is busy
                 raise ValueError(f"kind is {quoted(answer['kind'])}")
             found = [one for item in answer["items"] or () if (one := parse_item(item)) is not None]
-            return found, answer["metadata"].get("continue") or ""
+            return found, (answer.get("metadata") or {}).get("continue") or ""
 
         found: list[T] = []
         page = {**query, "limit": str(PAGE)}
@@ -2309,8 +2391,15 @@ class Look:
 
         Raises a Failure.
         """
-        # An attempt that begins later would blame the queue for the time that it lacks.
-        return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
+        try:
+            # An attempt that begins later would blame the queue for the time that it lacks.
+            return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
+        except Failure:
+            if self.progress.current is not None and self.is_own_lease():
+                with suppress(Failure):  # or else it expires
+                    self.deployment = self.cluster.read_deployment()
+                    self.cluster.patch_deployment(self.body({LEASE: None}))
+            raise
 
     def attempt(self) -> Decision:
         progress, settings = self.progress, self.settings
@@ -2538,7 +2627,7 @@ class Look:
         try:
             self.cluster.post_event(self.deployment.uid, write_time(self.now), decision)
         except Failure as failure:
-            self.log.line("WARNING", f"no Event was written: {failure}")
+            self.log.line("WARNING", f"no Event was written: {failure.whole}")
         return decision
 
 

@@ -45,7 +45,7 @@ def recipes() -> Iterator[Recipe]:
         indexes = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
         if not settings:
             continue
-        env = {one["name"]: one["value"] for one in yaml.safe_load(settings[0])}
+        env = {one["name"]: one["value"] for one in yaml.safe_load(settings[0])["env"]}
         rows = re.findall(r"^\| `(\S+)` `(.*)` \| (\w+).* \|$", text, re.MULTILINE)
         jobs = [(path, json.loads(fields), counts) for path, fields, counts in rows]
         yield Recipe(title, env, jobs, json.loads(indexes[0]) if indexes else {})

@@ -25,7 +25,7 @@ ANY_NUMBER = replace(
 @dataclass
 class Hpa:
     """The HPA controller's stabilization, as its public source has it: every recommendation is
-    kept for good, an entry counts if it is younger than the window, and the first reconciliation
+    kept forever, an entry counts if it is younger than the window, and the first reconciliation
     records the number of replicas that it finds. Ours takes one that comes after a pause, longer
     than the window and than the looks usually are apart, for a first one, too."""
 
@@ -33,13 +33,13 @@ class Hpa:
     down_seconds: int
     recommendations: list[tuple[int, int]] = field(default_factory=list)
 
-    def afresh(self, window: int, now: int) -> bool:
+    def starts_over(self, window: int, now: int) -> bool:
         times = sorted({at for at, _ in self.recommendations})
         gap = times[-1] - times[-2] if len(times) > 1 else 0
         return window > 0 and now - times[-1] > max(150, 2 * gap, window - 1)
 
     def inside(self, window: int, now: int, current: int) -> list[int]:
-        if self.afresh(window, now):
+        if self.starts_over(window, now):
             return [current]
         return [n for at, n in self.recommendations if now - at < window]
 
@@ -48,7 +48,7 @@ class Hpa:
             self.recommendations.append((now, current))
         in_up = self.inside(self.up_seconds, now, current)
         in_down = self.inside(self.down_seconds, now, current)
-        if any(self.afresh(window, now) for window in (self.up_seconds, self.down_seconds)):
+        if any(self.starts_over(window, now) for window in (self.up_seconds, self.down_seconds)):
             self.recommendations.append((now, current))
         self.recommendations.append((now, desired))
         result = max(current, min([desired, *in_up]))
@@ -93,7 +93,7 @@ def test_any_sequence_gets_the_numbers_that_the_hpa_gives(
     up: int, down: int, first: int, steps: list[tuple[int, int]]
 ) -> None:
     """Each run starts where the HPA's left the replicas. At rest we keep nothing, so from there
-    both start afresh, as a restarted HPA controller would."""
+    both start over, as a restarted HPA controller would."""
     ours = Scaler(windows_of(up, down))
     hpa = Hpa(up, down)
     now, current = int(START.timestamp()), first
@@ -126,7 +126,7 @@ def test_without_the_fresh_start_ours_is_never_earlier(
 
 
 @pytest.mark.parametrize("pause", [301, 3600, 86_400])
-def test_after_a_pause_longer_than_the_window_it_starts_afresh(pause: int) -> None:
+def test_after_a_pause_longer_than_the_window_it_starts_over(pause: int) -> None:
     ours = Scaler(ANY_NUMBER)
     now = int(START.timestamp())
     for _ in range(3):
@@ -139,7 +139,7 @@ def test_after_a_pause_longer_than_the_window_it_starts_afresh(pause: int) -> No
 
 
 @pytest.mark.parametrize("gap", [60, 300, 301, 600, 3600])
-def test_rare_looks_do_not_hold_for_ever(gap: int) -> None:
+def test_rare_looks_do_not_hold_forever(gap: int) -> None:
     ours = Scaler(ANY_NUMBER)
     start = int(START.timestamp())
     numbers = [ours.stabilize(start + gap * look, 3, 1) for look in range(6)]
@@ -147,7 +147,7 @@ def test_rare_looks_do_not_hold_for_ever(gap: int) -> None:
 
 
 @pytest.mark.parametrize("age", [299, 300, 301])
-def test_an_entry_as_old_as_its_window_lies_outside(age: int) -> None:
+def test_an_entry_as_old_as_its_window_is_outside(age: int) -> None:
     now = int(START.timestamp())
     ours = Scaler(ANY_NUMBER, f"{now - age}:5 {now - 60}:1")
     assert ours.stabilize(now, 5, 1) == (5 if age < 300 else 1)
@@ -164,7 +164,7 @@ def test_which_looks_are_in_a_row(gap: int, since: int, in_a_row: bool) -> None:
     assert ours.stabilize(now, 3, 1) == (1 if in_a_row else 3)
 
 
-def test_what_is_kept_is_the_windows_and_the_look_before() -> None:
+def test_the_history_keeps_the_windows_and_the_look_before() -> None:
     ours, now = Scaler(windows_of(60, 100)), int(START.timestamp())
     texts = []
     for gap, desired in ((0, 1), (40, 2), (60, 1), (99, 0), (600, 0)):
@@ -180,7 +180,7 @@ def test_what_is_kept_is_the_windows_and_the_look_before() -> None:
     ]
 
 
-def test_nothing_is_kept_at_rest_or_where_no_window_looks() -> None:
+def test_no_history_is_kept_at_rest_or_without_a_window() -> None:
     now = int(START.timestamp())
     for up, down, desired, kept in ((60, 0, 4, True), (60, 0, 2, False), (0, 60, 4, False)):
         ours = Scaler(replace(windows_of(up, down), scale_up_step="0", scale_down_step="0"))
@@ -204,13 +204,15 @@ def test_a_paused_direction_keeps_no_history() -> None:
 @pytest.mark.parametrize(
     "damaged", ["3", "x:y", "1767225600:3,1767225660:1", '[{"at": 1}]', "1:-1"]
 )
-def test_a_damaged_history_is_warned_about_and_starts_afresh(damaged: str, world: World) -> None:
+def test_a_damaged_history_is_warned_about_and_starts_over(damaged: str, world: World) -> None:
     world.cluster.scale("worker", 3)
     world.cluster.annotate("worker", **{scaler.RECOMMENDATIONS: damaged})
     run = world.run()
     assert (run.reason, world.replicas) == ("ScaleDownStabilized", 3), run
     assert "WARNING" in run.stdout and repr(damaged) in run.stdout, run
-    assert "not a history such as '1767225600:3 1767225660:1', so it starts afresh\n" in run.stdout
+    assert (
+        "not a history such as '1767225600:3 1767225660:1': the window starts over\n" in run.stdout
+    )
     assert "300 s more" in run.record["message"]
 
 

@@ -153,7 +153,7 @@ def life(namespace: str, pod: str, bound: int = BOUND) -> Iterator[Act]:
     yield patch("remember the longest history", None, recommendations=history(1767229200))
     yield patch("remember that the queue fails", None, queue_failing_since=WHEN)
     yield patch("scale to the bound", bound, last_scale=f"up 3->{bound}", last_scale_time=WHEN)
-    yield patch("take the lease", None, scale_down_lease=f"{WHEN} -2147483648")
+    yield patch("take the lease", None, scale_down_lease=f"{WHEN} -2147483648 0123abcd")
     for cost in ("-205000000", "-2147483648", None):
         mark = annotate(**{COST: cost})
         yield Act(f"set a pod's cost to {cost}", "PATCH", f"{core}/pods/{pod}{MANAGER}", mark)

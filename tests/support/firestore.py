@@ -341,13 +341,15 @@ TYPES: tuple[type | tuple[type, ...], ...] = (
 
 def comparable(value: Any) -> tuple[int, Any]:
     """A value as Firestore sorts it: by its type first."""
+    if isinstance(value, str):  # the most frequent type, without the search
+        return TYPES.index(str), value
     rank = next(rank for rank, kind in enumerate(TYPES) if isinstance(value, kind))
     if isinstance(value, DocumentReference):
-        value = value.path.split("/")
+        value = tuple(value.path.split("/"))
     elif isinstance(value, list):
-        value = [comparable(one) for one in value]
+        value = tuple(map(comparable, value))
     elif isinstance(value, dict):
-        value = sorted((name, comparable(one)) for name, one in value.items())
+        value = tuple(sorted((name, comparable(one)) for name, one in value.items()))
     return rank, value
 
 
@@ -366,7 +368,8 @@ def matcher(where: Pb, client: Client) -> Callable[[Fields], bool]:
         return lambda fields: True
     name, op, given = parse_leaf(where, client)
     path = parse_field_path(name)
-    wanted = [comparable(one) for one in (given if op == "in" else [given])]
+    wanted = {comparable(one) for one in (given if op == "in" else [given])}
+    limit = next(iter(wanted), (0, None))
 
     def matches(fields: Fields) -> bool:
         value = at(fields, path)
@@ -374,7 +377,7 @@ def matcher(where: Pb, client: Client) -> Callable[[Fields], bool]:
             return False
         found = comparable(value)
         if compare := COMPARISONS.get(op):
-            return found[0] == wanted[0][0] and compare(found, wanted[0])
+            return found[0] == limit[0] and compare(found, limit)
         return (found in wanted) is (op != "!=")
 
     return matches
