@@ -714,8 +714,13 @@ Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
 
 
 def whole_second(when: datetime) -> datetime:
-    """The next whole second: annotations hold no fractions, and no delay may end early."""
-    return when + timedelta(microseconds=-when.microsecond % 1_000_000)
+    """The next whole second, or this one within its first tenth: annotations hold no fractions.
+
+    A look that has waited for a delay starts just after a whole second. If that were rounded up,
+    each cooldown in a row would end a second later after the minute, until a run misses it.
+    """
+    past = when.microsecond
+    return when + timedelta(microseconds=-past if past < 100_000 else 1_000_000 - past)
 
 
 def read_history(value: str) -> tuple[Recommendation, ...]:
@@ -2831,27 +2836,29 @@ def poll(
             report.tell(decision)
             report.resting = True
         ended = time.monotonic()
-        due = next_look(report, interval, began, ended, decision.wait)
+        due = next_look(report, interval, ended, decision.wait, now)
         # A look that could only begin would report that its time is up.
         if due is None or due + min(ended - began, 1.0) > run_end - margin:
             return
         gc.enable()
-        pause(due - time.monotonic())
+        pause(max(0.0, due - time.monotonic()))
         if time.monotonic() > run_end - margin:  # the process was suspended meanwhile
             return
 
 
 def next_look(
-    report: Report, interval: int | None, began: float, ended: float, wait: float | None
+    report: Report, interval: int | None, ended: float, wait: float | None, now: datetime
 ) -> float | None:
-    """When the next look is due, on the monotonic clock."""
+    """When the next look is due, on the monotonic clock, after one that ended then and began at
+    `now`."""
     dues = []
     if interval is not None:
         dues.append(report.started + interval * math.ceil((ended - report.started) / interval))
-    # The wall clock and the monotonic one may differ by a little: nothing happens before its time.
     if wait is not None and (interval is not None or report.looks == 1):
-        delay_ends = began + wait + 0.05
-        dues += [delay_ends] if 0 < delay_ends - ended <= DELAY_SECONDS else []
+        left = wait - (report.log.clock() - now).total_seconds()
+        if left <= DELAY_SECONDS:
+            # The two clocks may differ by a little, and nothing happens before its time.
+            dues.append(ended + max(0.0, left) + 0.02)
     return min(dues, default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from google.cloud.firestore import Client
 from hypothesis import settings
 
+import scaler
 from tests.support.emulator import EmulatedQueue, Emulator, emulator_or_reason
 from tests.support.firestore import FakeFirestore
 from tests.support.kubernetes import FakeKubernetes
@@ -48,6 +50,16 @@ def queue() -> Iterator[FakeFirestore]:
 def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> World:
     """The two fakes, and a clock that stands still until a test moves it."""
     return World(cluster, queue, now=START, directory=tmp_path)
+
+
+@pytest.fixture
+def short_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look takes a quarter of a second, retries included."""
+
+    def deadline(run_end: float, margin: float, interval: int | None) -> scaler.Deadline:
+        return scaler.Deadline(time.monotonic() + 0.25, 0.1, run_end)
+
+    monkeypatch.setattr(scaler, "look_deadline", deadline)
 
 
 @pytest.fixture(scope="session")

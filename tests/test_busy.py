@@ -1,30 +1,35 @@
 """Never kill a busy worker: what a scale-down does to pods that hold a job.
 
-Victims are chosen by the fake's ReplicaSet controller, whose rules are upstream's. What a run does
-where a call fails stands in the matrix of test_faults.py.
+Pods are removed by the fake's ReplicaSet controller, whose rules are upstream's. Which pods may go
+is tested in test_removal.py, what a run does if a call fails in test_faults.py, and every order of
+events in test_interleavings.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import scaler
+from scaler import LEASE
 from tests.conftest import Queue
-from tests.support.firestore import Call, FakeFirestore, On
-from tests.support.kubernetes import FakeKubernetes, Match
+from tests.support.firestore import Call, Fail, FakeFirestore, On
+from tests.support.kubernetes import FakeKubernetes, Match, Request, answer
 from tests.support.kubernetes_objects import DELETION_COST, Object
 from tests.support.world import BUSY, START, World
 
 HIGH = str(2**31 - 1)
+COST = "-189388800"  # of a victim chosen at START
 EAGER = {
     "BUSY_FILTER": BUSY,
     "MAX_REPLICAS": "10",
@@ -32,7 +37,8 @@ EAGER = {
     "SCALE_DOWN_STABILIZATION_SECONDS": "0",
 }
 PATCHED_POD, PATCHED_DEPLOYMENT = Match("patch", "pods"), Match("patch", "deployments")
-SECOND_LOOK = On("query", nth=2)
+LISTED_PODS = Match("list", "pods")
+SECOND_READ = On("query", nth=2)
 Either = tuple[World, Queue]
 
 
@@ -72,24 +78,50 @@ def finish(jobs: Queue, pods: Iterable[str]) -> None:
         jobs.put(f"jobs/of-{pod}", {"status": "done", "assignedPodId": pod})
 
 
-def marks(world: World) -> dict[str, str]:
+def costs(world: World) -> dict[str, str]:
     """The deletion cost of each pod that has one."""
-    costs = {
+    found = {
         name_of(pod): pod["metadata"].get("annotations", {}).get(DELETION_COST)
         for pod in world.cluster.pods(world.name)
     }
-    return {pod: cost for pod, cost in costs.items() if cost is not None}
+    return {pod: cost for pod, cost in found.items() if cost is not None}
 
 
-def mark(world: World, pods: Iterable[str], cost: str) -> None:
+def set_cost(
+    world: World, pods: Iterable[str], cost: str | None, manager: str = "somebody"
+) -> None:
+    def change(pod: Object) -> None:
+        annotations = pod["metadata"].setdefault("annotations", {})
+        annotations |= {DELETION_COST: cost}
+
     for pod in pods:
-        world.cluster.set_pod(pod, annotations={DELETION_COST: cost})
+        world.cluster.edit("pods", pod, change, manager)
 
 
-def asked(world: World) -> list[str]:
+def mark(world: World, pods: Iterable[str], cost: str = "-189388900") -> None:
+    """As a run does that then does not get to its patch."""
+    set_cost(world, pods, cost, "queue-scaler")
+
+
+def lease(world: World, seconds: int, cost: str = "-189388900", run: str = "abcd1234") -> str:
+    """Another run's, until so many seconds from now."""
+    assert world.now
+    until = scaler.write_time(world.now + timedelta(seconds=seconds))
+    world.cluster.annotate("worker", "queue-scaler", **{LEASE: f"{until} {cost} {run}"})
+    return until
+
+
+def api_calls(world: World) -> list[str]:
     """The calls to the API server, such as `list pods`."""
     return [f"{call.verb} {call.resource}" for call in world.cluster.requests]
 
+
+def patched(world: World) -> list[str]:
+    """The pods whose deletion cost was written, in order."""
+    return [call.name for call in world.cluster.calls(PATCHED_POD)]
+
+
+READ = ["get deployments", "list replicasets", "list pods"]
 
 # --- What counts as busy --------------------------------------------------------------------------
 
@@ -114,6 +146,74 @@ def test_a_job_of_a_terminating_pod_holds_nothing_up(world: World) -> None:
     assert (run.record["busy"], world.replicas) == (0, 1), run
 
 
+def test_busy_jobs_without_a_live_pod_are_reported_and_hold_nothing_up(world: World) -> None:
+    hold(world.queue, ["worker-of-last-week", "worker-of-last-month"])
+    run = world.run()
+    assert (run.exit_code, world.replicas) == (0, 1), run
+    assert "WARNING AutoScaler default/worker: 2 busy jobs name no live pod" in run.stdout, run
+    assert "assignedPodId='worker-of-last-month' in jobs/of-worker-of-last-month" in run.stdout
+
+
+NAMES: dict[str, Callable[[str], object]] = {
+    "a host name with its domain": lambda pod: f"{pod}.workers.default.svc.cluster.local",
+    "with its namespace": lambda pod: f"default/{pod}",
+    "a trailing newline": lambda pod: f"{pod}\n",
+    "an array": lambda pod: [pod],
+    "a map": lambda pod: {"name": pod, "attempt": 1},
+}
+
+
+@pytest.mark.parametrize("write", NAMES.values(), ids=NAMES)
+def test_a_pod_whose_name_is_stored_in_another_form_is_not_killed(
+    either: Either, write: Callable[[str], object]
+) -> None:
+    world, jobs = either
+    busy = live(world)[1:3]
+    for pod in busy:
+        jobs.put(f"jobs/of-{pod}", {"status": "processing", "assignedPodId": write(pod)})
+    run = world.run()
+    assert sorted(live(world)) == sorted(busy) and run.exit_code == 0, run
+    assert "2 " in run.stdout and f"counts as {min(busy)}" in run.stdout, run
+
+
+def test_the_wrong_pod_field_removes_nothing_and_names_a_right_one(either: Either) -> None:
+    world, jobs = either
+    job = {"status": "processing", "assignedPodId": live(world)[0], "attempt": 1, "zone": "a"}
+    jobs.put("jobs/1", job)
+    run = world.run(BUSY_POD_FIELD="podName")
+    assert (run.exit_code, run.reason, world.replicas) == (2, "InvalidSettings", 5), run
+    assert "no field `podName` (BUSY_POD_FIELD)" in run.record["message"], run
+    assert "a busy job has `assignedPodId`, `attempt`" in run.record["message"], run
+    assert patched(world) == []
+
+
+def test_one_busy_job_with_the_pod_field_is_enough(world: World) -> None:
+    busy = live(world)[0]
+    world.queue.put("jobs/1", {"status": "processing"})
+    hold(world.queue, [busy])
+    run = world.run()
+    assert live(world) == [busy] and "assignedPodId=None in jobs/1" in run.stdout, run
+
+
+def test_many_busy_jobs_that_name_no_live_pod_hide_no_busy_one(world: World) -> None:
+    """More than are read at once: those of the live pods are then read by name."""
+    busy = live(world)[4]
+    for number in range(1100):
+        lost = {"status": "processing", "assignedPodId": f"gone-{number}"}
+        world.queue.put(f"jobs/a-{number:04}", lost)
+    world.queue.put("jobs/z", {"status": "processing", "assignedPodId": busy})
+    run = world.run()
+    assert live(world) == [busy] and "1000 busy jobs name no live pod" in run.stdout, run
+    world.cluster.scale("worker", 5)
+    world.queue.put("jobs/a", {"status": "processing", "assignedPodId": f"{live(world)[0]}.x"})
+    run = world.run()
+    assert (run.reason, world.replicas) == ("WorkersBusy", 5), run
+    assert "too many busy jobs to read" in run.record["message"], run
+
+
+# --- Whose pods -----------------------------------------------------------------------------------
+
+
 def test_a_selector_may_have_expressions_of_every_operator(world: World) -> None:
     expressions = [
         {"key": "tier", "operator": "In", "values": ["batch", "bulk"]},
@@ -129,25 +229,140 @@ def test_a_selector_may_have_expressions_of_every_operator(world: World) -> None
     hold(world.queue, busy)
     run = world.run()
     assert (run.record["busy"], sorted(live(world))) == (2, sorted(busy)), run
-    [listed] = world.cluster.calls(Match("list", "pods"))
     expected = "app=picky,tier in (batch,bulk),tier notin (web),team,!legacy"
-    assert listed.query == {"labelSelector": expected}
+    for resource in ("replicasets", "pods"):
+        listed = world.cluster.calls(Match("list", resource))
+        assert {call.query["labelSelector"] for call in listed} == {expected}
 
 
 def test_pods_of_others_with_the_same_labels_are_left_alone(world: World) -> None:
-    """One of a Job, one that somebody made by hand, and a canary: a Deployment whose pods this
-    one's selector takes in."""
-    busy = live(world)[1]
+    """One of a Job, one made by hand, and a canary: a Deployment whose pods this one's selector
+    takes in."""
+    busy, *idle = live(world)
     for name in ("migration", "by-hand"):
         world.cluster.add_pod(name, {"app": "worker"})
-        mark(world, [name], "5")
     world.cluster.edit("pods", "by-hand", lambda pod: pod["metadata"].pop("ownerReferences"))
     world.cluster.add_deployment("worker-canary", labels={"app": "worker", "track": "canary"})
     [canary] = map(name_of, world.cluster.pods("worker-canary"))
-    hold(world.queue, [busy, "migration", "by-hand", canary])
+    hold(world.queue, [busy, "migration", canary])
     run = world.run()
     assert (run.reason, run.record["busy"], live(world)) == ("ScaledDown", 1, [busy]), run
-    assert {call.name for call in world.cluster.calls(PATCHED_POD)} == {busy}, run
+    assert not {*patched(world)} - {*idle, "by-hand"}, "a ReplicaSet adopts the one made by hand"
+
+
+def delete_orphaning(world: World, name: str) -> None:
+    path = f"/apis/apps/v1/namespaces/default/deployments/{name}?propagationPolicy=Orphan"
+    login = {"authorization": f"Bearer {world.cluster.admin_token}"}
+    reply, _ = world.cluster.handle("DELETE", path, b"", login)
+    assert reply.status == 200
+
+
+def test_a_renamed_deployment_keeps_its_busy_pods(world: World) -> None:
+    """It adopted the ReplicaSet of the old one, whose name, and the pods', are the old one's."""
+    busy = live(world)[:4]
+    hold(world.queue, busy)
+    delete_orphaning(world, "worker")
+    world.cluster.add_deployment("renamed", replicas=5, labels={"app": "worker"})
+    world.name = "renamed"
+    assert {*busy} < {*live(world)}, "adopted"
+    run = world.run()
+    assert sorted(live(world)) == sorted(busy) and run.record["busy"] == 4, run
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_deployment_that_is_just_adopting_its_pods_loses_none(world: World, steps: int) -> None:
+    """Its controller has not got to it yet, or is in the middle of it."""
+    busy = live(world)[:4]
+    hold(world.queue, busy)
+    delete_orphaning(world, "worker")
+    with world.cluster.by_steps() as controllers:
+        world.cluster.add_deployment("renamed", replicas=5, labels={"app": "worker"})
+        for _ in range(steps):
+            controllers.step("default", "deployments", "renamed")
+        world.name = "renamed"
+        run = world.run()
+    controllers.run("default")
+    assert {*busy} <= {*live(world)}, f"after {steps} steps\n{run}"
+
+
+def test_a_long_name_keeps_its_busy_pods(world: World) -> None:
+    """The ReplicaSet's and the pods' names begin with only a part of the Deployment's."""
+    world.name = "w" * 245
+    world.cluster.add_deployment(world.name, replicas=3, labels={"app": "long"})
+    busy = live(world)[:2]
+    assert all(len(pod) < 70 for pod in busy)
+    hold(world.queue, busy)
+    run = world.run()
+    assert sorted(live(world)) == sorted(busy) and run.record["busy"] == 2, run
+
+
+def test_the_lists_are_read_in_pages_without_pods_that_have_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scaler.PAGE == 500
+    monkeypatch.setattr(scaler, "PAGE", 2)
+    busy = live(world)
+    for pod in busy[:2]:  # evicted, so that its ReplicaSet has made another one
+        world.cluster.set_pod(pod, phase="Failed")
+    busy = busy[2:]
+    hold(world.queue, busy)
+    run = world.run()
+    assert run.record["busy"] == 3 and {*busy} <= {*live(world)}, run
+    assert (run.reason, world.replicas) == ("ScaledDown", 3), run
+    [first, *more] = world.cluster.calls(LISTED_PODS)[:3]
+    assert first.query["limit"] == "2" and "continue" not in first.query
+    assert first.query["fieldSelector"] == "status.phase!=Succeeded,status.phase!=Failed"
+    assert all(call.query["continue"] for call in more)
+
+
+# --- Rollouts -------------------------------------------------------------------------------------
+
+
+def rollout_halfway(world: World) -> None:
+    world.cluster.start_rollout("worker", new_pods=2, old_pods=4)
+
+
+def rollout_without_pods(world: World) -> None:
+    """The new template's ServiceAccount does not exist; a quota or a webhook does the same."""
+    world.cluster.set_template("worker", serviceAccountName="missing")
+
+
+@pytest.mark.parametrize("begin", [rollout_halfway, rollout_without_pods])
+def test_during_a_rollout_no_pod_is_removed_while_one_is_busy(
+    world: World, begin: Callable[[World], None]
+) -> None:
+    begin(world)
+    before = live(world)
+    hold(world.queue, before[1:2])
+    run = world.run()
+    assert (run.reason, world.replicas, live(world)) == ("WorkersBusy", 5, before), run
+    assert "a rollout is in progress with 1 pod busy" in run.record["message"], run
+    assert patched(world) == []
+    finish(world.queue, before[1:2])
+    run = world.run()
+    assert (run.reason, world.replicas) == ("ScaledDown", 1), run
+
+
+def test_no_busy_pod_of_twenty_is_killed_by_a_rollout_that_makes_no_pods(world: World) -> None:
+    world.cluster.scale("worker", 20)
+    rollout_without_pods(world)
+    hold(world.queue, live(world)[:12])
+    run = world.run(MAX_REPLICAS="20")
+    assert (run.reason, world.replicas) == ("WorkersBusy", 20), run
+
+
+def test_a_rescale_that_is_not_passed_on_yet_is_waited_for(world: World) -> None:
+    """Somebody scales, and the controllers are slow: marks would steer the wrong removal."""
+    busy = live(world)[0]
+    hold(world.queue, [busy])
+    with world.cluster.by_steps():
+        world.cluster.scale("worker", 4)
+        run = world.run()
+        assert (run.reason, world.replicas) == ("WorkersBusy", 4), run
+        assert "the Deployment controller has not applied the last change yet" in run.stdout
+        assert patched(world) == []
+    world.cluster.controllers.run("default")
+    assert world.run().reason == "ScaledDown"
 
 
 # --- What a scale-down leaves ---------------------------------------------------------------------
@@ -168,75 +383,265 @@ def test_a_scale_down_never_goes_below_the_busy_pods(
     run = world.run(**settings)
     assert (run.reason, sorted(live(world))) == (reason, sorted(busy)), run
     world.pass_time()
-    before, marked = world.resource_version, len(world.cluster.calls(PATCHED_POD))
+    before, marked = world.resource_version, len(patched(world))
     again = world.run(**settings)
     assert (again.exit_code, again.reason, world.replicas) == (0, "WorkersBusy", 4), again
-    assert world.resource_version == before, "where all are busy nothing is written"
-    assert len(world.cluster.calls(PATCHED_POD)) == marked
+    assert world.resource_version == before, "nothing is written if all are busy"
+    assert len(patched(world)) == marked
 
 
-@pytest.mark.parametrize(("ordered", "killed"), [(3, 0), (2, 1), (0, 3)])
-def test_an_order_is_met_exactly_and_idle_pods_go_first(
-    world: World, ordered: int, killed: int
+@pytest.mark.parametrize(("replicas", "killed"), [(3, 0), (2, 1), (0, 3)])
+def test_paused_replicas_is_met_exactly_and_idle_pods_go_first(
+    world: World, replicas: int, killed: int
 ) -> None:
     busy = live(world)[:3]
     hold(world.queue, busy)
-    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": str(ordered)})
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": str(replicas)})
     run = world.run()
-    assert (run.reason, world.replicas, len(live(world))) == ("Paused", ordered, ordered), run
+    assert (run.reason, world.replicas, len(live(world))) == ("Paused", replicas, replicas), run
     assert len(set(busy) - set(live(world))) == killed, run
 
 
 def test_a_dry_run_marks_nothing(world: World) -> None:
     hold(world.queue, live(world)[:3])
+    mark(world, live(world)[3:4])
+    before = costs(world)
     run = world.run("--dry-run")
     assert (run.reason, run.record["action"], world.replicas) == ("ScaledDown", "scale-down", 5)
-    assert (marks(world), asked(world)) == ({}, ["get deployments", "list pods"]), run
+    assert (costs(world), api_calls(world)) == (before, READ), run
 
 
-def test_marks_are_set_only_where_they_differ(world: World) -> None:
-    marked, unmarked, stale, negative, _ = live(world)
-    hold(world.queue, [marked, unmarked])
-    mark(world, [marked, stale], HIGH)
-    mark(world, [negative], "-7")
-    costs: dict[str, str] = {}
-    world.cluster.hook(PATCHED_DEPLOYMENT, lambda _: costs.update(marks(world)))
+def test_only_victims_are_marked(world: World) -> None:
+    *busy, first, second = live(world)
+    hold(world.queue, busy)
+    set_cost(world, busy[:1], "7")
+    set_cost(world, [first], "-5")
+    seen: list[dict[str, str]] = []
+    world.cluster.hook(LISTED_PODS, lambda _: seen.append(costs(world)), times=2)
     run = world.run()
-    assert costs == {marked: HIGH, unmarked: HIGH, stale: "0", negative: "0"}, run
-    assert {call.name for call in world.cluster.calls(PATCHED_POD)} == {unmarked, stale, negative}
-    assert sorted(live(world)) == sorted([marked, unmarked]), run
+    assert seen[1] == {first: COST, second: COST, busy[0]: "7"}
+    assert sorted(patched(world)) == sorted([first, second])
+    assert sorted(live(world)) == sorted(busy), run
+
+
+def test_whole_nodes_become_free(world: World) -> None:
+    """Two idle pods are on a node of their own; each of the others has a busy neighbour."""
+    for pod, node in zip(live(world), "aabbc", strict=True):
+        world.cluster.set_pod(pod, node=f"node-{node}")
+    first, second, third, fourth, alone = live(world)
+    hold(world.queue, [first, third])
+    run = world.run(SCALE_DOWN_STEP="1")
+    assert world.cluster.deleted_pods == [alone], run
+    assert {second, fourth} < {*live(world)}
+
+
+# --- The lease ------------------------------------------------------------------------------------
+
+
+def test_the_lease_is_taken_before_any_mark_and_gone_after_the_scale_down(world: World) -> None:
+    hold(world.queue, live(world)[:2])
+    seen: list[str | None] = []
+
+    def note(_: Request) -> None:
+        seen.append(world.cluster.annotations("worker").get(LEASE))
+
+    world.cluster.hook(PATCHED_DEPLOYMENT, note, times=None)
+    world.cluster.hook(PATCHED_POD, note, times=None)
+    run = world.run()
+    before, *meanwhile = seen
+    assert before is None and len(meanwhile) == 4, "three marks, and the patch that scales"
+    [held] = {*meanwhile}
+    assert held and held.startswith(f"2026-01-01T00:00:44Z {COST} "), "until the end of this look"
+    assert len(held) <= 64 and held.isascii()
+    assert run.reason == "ScaledDown" and LEASE not in world.cluster.annotations("worker")
+
+
+def test_another_runs_lease_holds_a_scale_down(world: World) -> None:
+    busy = live(world)[:2]
+    hold(world.queue, busy)
+    until = lease(world, 30)
+    before = world.resource_version
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (0, "WorkersBusy", 5), run
+    assert f"as another run is removing pods until {until}" in run.record["message"], run
+    assert (patched(world), world.resource_version) == ([], before)
+    world.pass_time(30)
+    run = world.run()
+    assert (run.reason, sorted(live(world))) == ("ScaledDown", sorted(busy)), "it has expired"
+    assert LEASE not in world.cluster.annotations("worker")
+
+
+def test_another_runs_lease_does_not_hold_a_scale_up(world: World) -> None:
+    lease(world, 30)
+    world.queue.fill(7)
+    assert (world.run().reason, world.replicas) == ("ScaledUp", 7)
+    assert LEASE in world.cluster.annotations("worker"), "it is for that run to remove"
+
+
+def test_paused_replicas_takes_over_another_runs_lease(world: World) -> None:
+    busy, *idle = live(world)
+    hold(world.queue, [busy])
+    lease(world, 30)
+    mark(world, idle[:1])
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": "1"})
+    run = world.run()
+    assert (run.reason, live(world)) == ("Paused", [busy]), run
+    assert LEASE not in world.cluster.annotations("worker")
+
+
+def test_a_run_reuses_its_own_lease_after_a_conflict(world: World) -> None:
+    """Somebody annotates the Deployment between the marks and the patch."""
+    busy, *idle = live(world)
+    hold(world.queue, [busy])
+    world.queue.hook(SECOND_READ, lambda _: world.cluster.annotate("worker", team="a"))
+    run = world.run()
+    assert (run.reason, live(world)) == ("ScaledDown", [busy]), run
+    statuses = [call.status for call in world.cluster.calls(PATCHED_DEPLOYMENT)]
+    assert statuses == [200, 409, 200], "the lease once, and the patch that scales twice"
+    assert sorted(patched(world)) == sorted(idle), "each victim once"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda world: world.queue.fault(SECOND_READ, Fail(StatusCode.PERMISSION_DENIED)),
+        lambda world: world.cluster.fault(LISTED_PODS, answer(403), nth=2),
+        lambda world: world.cluster.fault(PATCHED_DEPLOYMENT, answer(422), nth=2),
+    ],
+    ids=["Firestore", "list", "patch"],
+)
+def test_a_run_that_fails_removes_its_lease(world: World, fault: Callable[[World], object]) -> None:
+    hold(world.queue, live(world)[:1])
+    fault(world)
+    run = world.run()
+    assert (run.exit_code, world.replicas) == (2, 5), run
+    assert len(patched(world)) == 4 and LEASE not in world.cluster.annotations("worker")
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("mine", "not a lease of a run: counts as absent"),
+        ("soon -189388900 abcd1234", "not a time such as 2026-01-01T00:00:00Z or 1767225600"),
+        (
+            "2026-01-01T00:02:00Z -189388900 abcd1234",
+            "further ahead than a run can last: counts as absent",
+        ),
+    ],
+)
+def test_an_odd_lease_counts_as_absent(world: World, value: str, why: str) -> None:
+    world.cluster.annotate("worker", **{LEASE: value})
+    run = world.run()
+    assert (run.reason, world.replicas) == ("ScaledDown", 1), run
+    assert f"{LEASE}='{value}': {why}" in run.stdout, run
+    assert LEASE not in world.cluster.annotations("worker")
+
+
+# --- Marks that a run left behind -----------------------------------------------------------------
+
+
+def die_before_the_patch(world: World) -> None:
+    """A run that has marked its victims, and from then on may not write."""
+    world.cluster.fault(PATCHED_DEPLOYMENT, answer(403), nth=2, times=2)
+    run = world.run()
+    assert run.exit_code == 2 and costs(world) and world.replicas == 5, run
+    assert LEASE in world.cluster.annotations("worker")
+
+
+LATER: dict[str, tuple[int, dict[str, str]]] = {
+    "at the target": (5, {}),
+    "scaled up": (8, {}),
+    "scale-up disabled": (8, {"SCALE_UP_STEP": "0"}),
+    "scale-down disabled": (0, {"SCALE_DOWN_STEP": "0"}),
+    "stabilized": (0, {"SCALE_DOWN_STABILIZATION_SECONDS": "300"}),
+}
+
+
+@pytest.mark.parametrize(("jobs", "settings"), LATER.values(), ids=LATER)
+def test_marks_left_behind_are_removed_whatever_the_next_look_decides(
+    world: World, jobs: int, settings: dict[str, str]
+) -> None:
+    die_before_the_patch(world)
+    world.pass_time()
+    world.queue.fill(jobs)
+    run = world.run(**settings)
+    assert run.exit_code == 0 and (costs(world), len(live(world))) == ({}, world.replicas), run
+    assert LEASE not in world.cluster.annotations("worker")
+    before, written = world.resource_version, len(patched(world))
+    world.run("--dry-run", **settings)
+    assert (world.resource_version, len(patched(world))) == (before, written)
+
+
+def test_a_run_that_died_does_not_delay_the_next_minutes_scale_down(world: World) -> None:
+    busy = live(world)[:3]
+    hold(world.queue, busy[:1])
+    die_before_the_patch(world)
+    hold(world.queue, busy)  # two of its victims have claimed a job since
+    world.pass_time()
+    run = world.run()
+    assert (run.reason, sorted(live(world))) == ("ScaledDown", sorted(busy)), run
+    world.pass_time()
+    world.run()
+    assert costs(world) == {}, "and the marks of those two are removed"
+
+
+def test_marks_stay_while_a_replica_set_still_has_pods_to_remove(world: World) -> None:
+    """It chooses them by these marks."""
+    busy, *idle = live(world)
+    hold(world.queue, [busy])
+    mark(world, idle)
+    with world.cluster.by_steps() as controllers:
+        world.cluster.scale("worker", 3)
+        for _ in range(2):  # the Deployment controller is done, the ReplicaSet's is not
+            controllers.step("default", "deployments", "worker")
+        run = world.run(SCALE_DOWN_STEP="0")
+        assert run.exit_code == 0 and patched(world) == [], run
+    world.cluster.controllers.run("default")
+    assert busy in live(world)
+    assert world.run(SCALE_DOWN_STEP="0").exit_code == 0 and costs(world) == {}
+
+
+def test_other_peoples_deletion_costs_are_left_alone(world: World) -> None:
+    set_cost(world, live(world)[:2], "-5")
+    mark(world, live(world)[2:3])
+    world.queue.fill(5)
+    world.run()
+    assert costs(world) == dict.fromkeys(live(world)[:2], "-5")
+
+
+@pytest.mark.parametrize("cost", ["7", "-5", None])
+def test_a_spared_pod_gets_back_the_cost_that_somebody_else_had_set(
+    world: World, cost: str | None
+) -> None:
+    claims, *others = live(world)
+    hold(world.queue, others[1:])
+    if cost:
+        set_cost(world, [claims], cost)
+    world.queue.hook(SECOND_READ, lambda _: hold(world.queue, [claims]))
+    run = world.run()
+    assert others[0] not in live(world) and claims in live(world), run
+    world.pass_time()
+    for _ in range(2):
+        assert costs(world) == ({claims: cost} if cost else {}), run
+        run = world.run()
 
 
 # --- What happens meanwhile -----------------------------------------------------------------------
 
 
-def test_a_job_claimed_between_the_marking_and_the_patch_protects_its_pod(world: World) -> None:
-    *busy, late, _, _ = live(world)
+def test_a_victim_that_claims_a_job_is_spared_and_one_pod_fewer_is_removed(world: World) -> None:
+    *busy, late, idle = live(world)
     hold(world.queue, busy)
-    world.cluster.hook(  # the second and last mark
-        replace(PATCHED_POD, name=busy[1]), lambda _: hold(world.queue, [late]), "after"
-    )
+    world.queue.hook(SECOND_READ, lambda _: hold(world.queue, [late]))
     run = world.run()
     assert sorted(live(world)) == sorted([*busy, late]), run
+    assert (costs(world), world.cluster.deleted_pods) == ({}, [idle]), "its mark is removed"
 
 
-def test_a_scale_down_waits_where_it_would_take_more_than_one_mark_a_pod(world: World) -> None:
-    """Each pod had to be marked, and then one takes a job: the next run has fewer marks to make."""
-    pods = live(world)
-    mark(world, pods, "7")
-    last = replace(PATCHED_POD, name=pods[-1])
-    world.cluster.hook(last, lambda _: hold(world.queue, [pods[0]]), "after")
-    run = world.run()
-    assert run.reason == "WorkersBusy" and "while the pods were marked" in run.stdout, run
-    assert live(world) == pods and len(world.cluster.calls(PATCHED_POD)) == len(pods)
-    assert world.run().reason == "ScaledDown" and pods[0] in live(world)
-
-
-@pytest.mark.parametrize("order", [None, "2"])
-def test_one_pod_finishes_while_another_claims(world: World, order: str | None) -> None:
-    """The one that finished still carries the mark, and would outlive the others by its age. It
-    goes at the next look or, where a person orders the number, at once."""
-    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": order})
+@pytest.mark.parametrize("replicas", [None, "2"])
+def test_one_pod_finishes_while_another_claims(world: World, replicas: str | None) -> None:
+    """The one that finished goes at the next look or, with paused-replicas, immediately."""
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": replicas})
     world.cluster.scale("worker", 3)
     stays, finishes, claims = live(world)
     world.cluster.set_pod(finishes, created=START - timedelta(days=99), ready_since=START)
@@ -246,45 +651,53 @@ def test_one_pod_finishes_while_another_claims(world: World, order: str | None) 
         finish(world.queue, [finishes])
         hold(world.queue, [claims])
 
-    world.queue.hook(SECOND_LOOK, meanwhile)
+    world.queue.hook(SECOND_READ, meanwhile)
     run = world.run()
     assert {stays, claims} <= set(live(world)), run
-    assert len(live(world)) == (2 if order else 3), run
+    assert len(live(world)) == (2 if replicas else 3), run
     world.pass_time()
     world.run()
-    assert sorted(live(world)) == sorted([stays, claims]), "the next run takes the idle one"
+    assert sorted(live(world)) == sorted([stays, claims]), "the next run removes the idle one"
 
 
-def test_after_a_conflict_the_busy_pods_are_read_afresh(world: World) -> None:
-    busy, late = live(world)[:2]
-    hold(world.queue, [busy])
+@pytest.mark.parametrize("resource", ["deployments", "pods"])
+def test_after_a_conflict_everything_is_read_again(world: World, resource: str) -> None:
+    """A job is claimed, and somebody writes to the Deployment or to the only victim, just before
+    the scaler does."""
+    *busy, first, second = live(world)
+    hold(world.queue, busy)
 
-    def interfere(_: object) -> None:
-        hold(world.queue, [late])
-        world.cluster.annotate("worker", team="a")
+    def interfere(request: Request) -> None:
+        busy.append(second if request.name == first else first)
+        hold(world.queue, busy)
+        if resource == "pods":
+            world.cluster.set_pod(request.name, restarts=3)
+        else:
+            world.cluster.annotate("worker", team="a")
 
-    world.cluster.hook(PATCHED_DEPLOYMENT, interfere)
-    run = world.run()
-    assert [call.status for call in world.cluster.calls(PATCHED_DEPLOYMENT)] == [409, 200], run
-    assert sorted(live(world)) == sorted([busy, late]), run
+    world.cluster.hook(Match("patch", resource), interfere)
+    run = world.run(SCALE_DOWN_STEP="1")
+    assert 409 in [call.status for call in world.cluster.calls(Match("patch", resource))], run
+    assert sorted(live(world)) == sorted(busy), run
+    assert costs(world) == {} and LEASE not in world.cluster.annotations("worker")
 
 
 @pytest.mark.parametrize("status", ["idle", "busy"])
-def test_a_pod_that_somebody_deletes_meanwhile_is_no_error(world: World, status: str) -> None:
-    busy, other = live(world)[:2]
+def test_a_pod_deleted_meanwhile_is_no_error(world: World, status: str) -> None:
+    busy, other, *_ = live(world)
     hold(world.queue, [busy])
-    mark(world, [other], HIGH)  # so that the idle one has to be marked, too
     gone = other if status == "idle" else busy
     path = f"/api/v1/namespaces/default/pods/{gone}"
     login = {"authorization": f"Bearer {world.cluster.admin_token}"}
     world.cluster.hook(
-        replace(PATCHED_POD, name=gone), lambda _: world.cluster.handle("DELETE", path, b"", login)
+        replace(PATCHED_POD, name=other),
+        lambda _: world.cluster.handle("DELETE", path, b"", login),
     )
     run = world.run()
-    assert 404 in [call.status for call in world.cluster.calls(PATCHED_POD)], run
-    assert (run.exit_code, world.replicas) == (0, 1), run
+    assert (run.exit_code, run.reason) == (0, "ScaledDown"), run
+    assert (404 in [call.status for call in world.cluster.calls(PATCHED_POD)]) is (gone == other)
     if status == "idle":
-        assert live(world) == [busy], run
+        assert busy in live(world), run
 
 
 # --- Pods that the ReplicaSet controller removes before it looks at any cost ----------------------
@@ -307,39 +720,28 @@ def test_a_busy_pod_that_would_go_first_keeps_them_all(world: World, state: Obje
     world.cluster.set_pod(same, **state)
     world.cluster.set_pod(lower, ready=False, phase="Pending", node="")
     run = world.run()
-    assert sorted(live(world)) == sorted([busy, *ready]), "those that stand no higher may go"
+    assert sorted(live(world)) == sorted([busy, *ready]), "those that rank no higher may go"
 
 
-def test_in_the_middle_of_a_rollout_nothing_is_removed_while_a_pod_is_busy(world: World) -> None:
-    world.cluster.start_rollout("worker", new_pods=2, old_pods=4)
-    busy = live(world)[1]
-    hold(world.queue, [busy])
-    run = world.run()
-    assert (run.reason, world.replicas, len(live(world))) == ("WorkersBusy", 5, 6), run
-    finish(world.queue, [busy])
-    run = world.run()
-    assert (run.reason, world.replicas) == ("ScaledDown", 1), run
-
-
-def test_waiting_and_busy_jobs_are_counted_at_one_moment(world: World) -> None:
-    """Nothing is asked of the API server between the two, and nothing of the queue before it."""
+def test_waiting_and_busy_jobs_are_counted_one_right_after_the_other(world: World) -> None:
+    """No request to the API server between the two, and none to the queue before it."""
     counted: list[tuple[object, int]] = []
     world.queue.hook(
         "count", lambda call: counted.append((call.filters[0][2], len(world.cluster.requests)))
     )
     world.run()
-    assert counted == [("waiting", 2), ("processing", 2)], "after the Deployment and its pods"
+    assert counted == [("waiting", 3), ("processing", 3)], "after the Deployment and its pods"
 
 
 # --- What it costs --------------------------------------------------------------------------------
 
 
-def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts(world: World) -> None:
+def test_a_run_that_changes_nothing_costs_three_calls_and_two_counts(world: World) -> None:
     world.cluster.scale("worker", 30)
     hold(world.queue, live(world))
     run = world.run(MAX_REPLICAS="30")
     assert run.reason == "AtTarget", run
-    assert asked(world) == ["get deployments", "list pods"]
+    assert api_calls(world) == READ
     assert [call.kind for call in world.queue.calls] == ["count", "count"]
     assert [call.reads_billed for call in world.queue.calls] == [1, 1]
 
@@ -349,33 +751,70 @@ def test_a_run_that_changes_nothing_costs_two_calls_and_two_counts(world: World)
     [{"SCALE_DOWN_COOLDOWN_SECONDS": "300"}, {"SCALE_DOWN_STABILIZATION_SECONDS": "300"}],
     ids=["cooldown", "stabilization"],
 )
-def test_while_a_scale_down_waits_no_pod_is_marked(world: World, wait: dict[str, str]) -> None:
+def test_no_pod_is_marked_while_a_scale_down_is_delayed(world: World, wait: dict[str, str]) -> None:
     hold(world.queue, live(world)[:2])
     world.cluster.annotate("worker", **{"queue-scaler/last-scale-time": START.isoformat()})
     run = world.run(**wait)
     assert run.record["action"] == "none", run
     assert [call.kind for call in world.queue.calls] == ["count", "count"]
-    assert not world.cluster.calls(PATCHED_POD)
+    assert not patched(world)
 
 
-def test_a_scale_down_costs_a_call_for_each_mark_and_four_more(world: World) -> None:
-    hold(world.queue, live(world)[:3])
-    run = world.run()
-    marking = ["patch pods"] * 3
+def test_four_of_thirty_pods_are_removed_with_four_pod_patches(world: World) -> None:
+    world.cluster.scale("worker", 30)
+    busy = live(world)[:26]
+    hold(world.queue, busy)
+    run = world.run(MAX_REPLICAS="30")
+    assert (run.reason, sorted(live(world))) == ("ScaledDown", sorted(busy)), run
+    marking, again = ["patch pods"] * 4, [*READ[1:], "get deployments"]
     scaling = ["patch deployments", "create events"]
-    assert asked(world) == ["get deployments", "list pods", *marking, *scaling], run
-    looks = [call.select for call in world.queue.calls if call.kind == "query"]
-    assert looks == [("assignedPodId",)] * 2, "of a job only the field with its pod is read"
+    expected = [*READ, "patch deployments", *marking, *again, *scaling]
+    assert api_calls(world) == expected and len(expected) == 4 + 9, run
+    reads = [call for call in world.queue.calls if call.kind == "query"]
+    assert [call.select for call in reads] == [("assignedPodId",)] * 2, "only the pod's field"
 
 
-def test_two_hundred_pods_are_asked_about_thirty_at_a_time(world: World) -> None:
+def test_two_hundred_pods_are_counted_thirty_at_a_time(world: World) -> None:
     world.cluster.scale("worker", 200)
     busy = live(world)[::3]
     hold(world.queue, busy)
     run = world.run(MAX_REPLICAS="200")
     assert (run.record["busy"], sorted(live(world))) == (len(busy), sorted(busy)), run
-    assert len(asked(world)) == len(busy) + 4 <= 200 + 4
-    assert Counter(call.kind for call in world.queue.calls) == {"count": 1 + 7, "query": 2 * 7}
+    assert len(api_calls(world)) == (200 - len(busy)) + 9
+    assert Counter(call.kind for call in world.queue.calls) == {"count": 1 + 7, "query": 2}
+
+
+# --- Without the permissions ----------------------------------------------------------------------
+
+ROLE_OF_0_2_0 = """
+kind: Role
+metadata: {name: queue-scaler}
+rules:
+  - {apiGroups: [apps], resources: [deployments], resourceNames: [worker], verbs: [get, patch]}
+  - {apiGroups: [""], resources: [events], verbs: [create]}
+  - {apiGroups: [""], resources: [pods], verbs: [list, patch]}
+---
+kind: RoleBinding
+metadata: {name: queue-scaler}
+roleRef: {kind: Role, name: queue-scaler}
+subjects: [{kind: ServiceAccount, name: queue-scaler, namespace: default}]
+"""
+
+
+@pytest.mark.parametrize("resource", ["replicasets", "pods"])
+def test_a_missing_rule_removes_nothing_and_is_named(world: World, resource: str) -> None:
+    role = ROLE_OF_0_2_0 if resource == "replicasets" else ROLE_OF_0_2_0.replace(
+        "resources: [pods]", "resources: [secrets]"
+    ).replace('apiGroups: [""], resources: [events]', 'apiGroups: [apps], resources: [replicasets]'
+    ).replace("[create]", "[list]")  # fmt: skip
+    world.cluster.load_rbac(role)
+    config = world.directory / "as-queue-scaler"
+    world.cluster.write_kubeconfig(config, world.cluster.service_account("queue-scaler"))
+    run = world.run(KUBECONFIG=str(config))
+    assert (run.exit_code, run.reason, world.replicas) == (2, "Forbidden", 5), run
+    assert "BUSY_FILTER needs" in run.record["message"] and "DEPLOYMENT" not in run.stdout, run
+    allow = f"the Role in namespace default must allow list on {resource} (rbac.yaml)"
+    assert allow in run.record["message"], run
 
 
 # --- Queries, on the fake and on the official emulator --------------------------------------------
@@ -407,7 +846,7 @@ def test_a_busy_filter_may_compare(
 
 
 @pytest.mark.parametrize("name", ["worker.pod", "worker.`pod-name`"])
-def test_the_pods_name_may_lie_deeper(either: Either, name: str) -> None:
+def test_the_pods_name_may_be_nested(either: Either, name: str) -> None:
     world, jobs = either
     busy = live(world)[3]
     inner = name.removeprefix("worker.").strip("`")
@@ -464,9 +903,9 @@ def test_no_busy_pod_is_killed_over_many_patterns(queue: FakeFirestore, tmp_path
                 hold(queue, pods["claims"])
                 finish(queue, pods["finishes"])
 
-            queue.hook(SECOND_LOOK, meanwhile)
+            queue.hook(SECOND_READ, meanwhile)
             run = world.run()
-            assert len(cluster.requests) <= len(pattern) + 4, run
+            assert len(cluster.requests) <= len(pattern) + 9, run
             assert not {*pods["busy"], *pods["claims"]} & set(cluster.deleted_pods), run
             scaled_down += bool(cluster.deleted_pods)
 

@@ -1,4 +1,4 @@
-"""Many runs at the same time, as the schedule's and people's manual ones can be: one scale."""
+"""Concurrent runs, as the schedule's and manual ones can be: one rescale."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SCALES: dict[str, tuple[int, int, int, dict[str, str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "jobs", "after", "settings"), SCALES.values(), ids=SCALES)
-def test_runs_at_once_scale_once(
+def test_concurrent_runs_scale_once(
     world: World, before: int, jobs: int, after: int, settings: dict[str, str]
 ) -> None:
     world.cluster.scale("worker", before)
@@ -72,7 +72,7 @@ def test_runs_at_once_scale_once(
 
 
 @pytest.mark.slow
-def test_runs_at_once_write_a_failing_queue_down_once(world: World) -> None:
+def test_concurrent_runs_store_a_failing_queue_once(world: World) -> None:
     world.queue.fault("count", Fail(StatusCode.UNKNOWN))
     for reason, replicas in (("QueueUnavailable", 1), ("Fallback", 2)):
         runs = run_together(world, FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60")
@@ -84,7 +84,7 @@ def test_runs_at_once_write_a_failing_queue_down_once(world: World) -> None:
     assert len(applied) == 2, "one for the time, one for the scale"
 
 
-def test_after_every_conflict_the_decision_is_made_afresh(world: World) -> None:
+def test_after_every_conflict_the_decision_is_made_again(world: World) -> None:
     """The controllers' status writes, which come between the read and the patch."""
     world.queue.fill(5)
     numbers = itertools.count()

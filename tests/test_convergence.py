@@ -1,5 +1,5 @@
 """From any state, with a queue that no longer changes, the number settles and stays, whatever goes
-wrong in between; the property that Sieve and Anvil hold controllers to."""
+wrong before; the property that Sieve and Anvil test controllers for."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ UNREADABLE = Fail(StatusCode.UNKNOWN, "as the test wants it")
 FAULTS: dict[str, Callable[[FakeKubernetes, FakeFirestore], object]] = {
     "nothing": lambda cluster, queue: None,
     "no count": lambda cluster, queue: queue.fault("count", UNREADABLE),
-    "a count that is none": lambda cluster, queue: queue.fault("count", CountAs(None)),
+    "an unusable count": lambda cluster, queue: queue.fault("count", CountAs(None)),
     "no login": lambda cluster, queue: queue.fault("count", Fail(StatusCode.PERMISSION_DENIED)),
     "no busy pods": lambda cluster, queue: queue.fault("query", UNREADABLE),
     "no Deployment": lambda cluster, queue: refuse(cluster, Match("get", "deployments"), 403),
+    "no ReplicaSets": lambda cluster, queue: refuse(cluster, Match("list", "replicasets"), 403),
     "no pods": lambda cluster, queue: refuse(cluster, Match("list", "pods"), 403),
     "no marks": lambda cluster, queue: refuse(cluster, Match("patch", "pods"), 403),
     "no patch": lambda cluster, queue: refuse(cluster, PATCH, 422),
     "no Event": lambda cluster, queue: refuse(cluster, Match("create", "events"), 500),
+    "no patch after the lease": lambda cluster, queue: cluster.fault(PATCH, answer(403), nth=2),
+    "no patch after the lease, not even of it": lambda cluster, queue: cluster.fault(
+        PATCH, answer(403), None, nth=2
+    ),
     "a conflict": lambda cluster, queue: cluster.fault(PATCH, answer(409)),
-    "an answer that is lost": lambda cluster, queue: cluster.fault(PATCH, reset(applied=True)),
+    "a response that is lost": lambda cluster, queue: cluster.fault(PATCH, reset(applied=True)),
 }
 
 
@@ -106,7 +111,7 @@ class Case:
     busy: int  # so many pods hold a job
     annotations: dict[str, str]
     pauses: dict[str, str]
-    undone: bool  # a rollout undo put the pauses there
+    undone: bool  # a rollback restored the pauses
     faults: list[str]
 
     def number(self, variable: str) -> int:
@@ -115,7 +120,7 @@ class Case:
     @property
     def bound(self) -> int:
         """The most runs, a minute apart, until the number is where it stays: the windows, the
-        longest cooldown twice (a stamp may lie ahead), and a cooldown for each step."""
+        longest cooldown twice (a time may be ahead), and a cooldown for each step."""
         cooldowns = [self.number(f"SCALE_{way}_COOLDOWN_SECONDS") for way in ("UP", "DOWN")]
         windows = [self.number(f"SCALE_{way}_STABILIZATION_SECONDS") for way in ("UP", "DOWN")]
         waits = 2 * max(cooldowns) + sum(windows)
@@ -124,7 +129,7 @@ class Case:
 
     @property
     def settled(self) -> int | None:
-        """Where the number ends; None where something that a person switched off decides it."""
+        """Where the number ends; None if something that the user disabled decides it."""
         if any(self.pauses.values()) or "0" in (
             self.variables["SCALE_UP_STEP"],
             self.variables["SCALE_DOWN_STEP"],

@@ -29,7 +29,7 @@ def test_the_demo_fails_if_a_scenario_ends_otherwise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "stage", partial(demo.stage, SCALE_UP_STEP="0"))
-    for scenario in ("idle_pods_first", "burst"):
+    for scenario in ("idle_pods_first", "job_becomes_due", "burst"):
         monkeypatch.setattr(demo, scenario, lambda screen: None)
     assert demo.demo(demo.Screen(colour=False, width=120)) == 1
     said = capsys.readouterr().out

@@ -3,11 +3,12 @@
 The matrix below lets every call of a run meet every fault. The worlds are two: one that scales
 down, which makes every call there is (three pods, one of them busy, nothing waiting: 1 pod is
 wanted), and one that scales up (one pod, five jobs waiting: 3 pods are wanted). Both servers are
-real ones on loopback, each behind a proxy that can go away, swallow, reset and drip.
+real ones on loopback, each behind a proxy that can go away, drop, reset and drip.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -106,6 +107,7 @@ class Call:
     on: Match | On
     id: str = ""
     world: Callable[..., Any] = scaling_down
+    nth: int = 1  # of those to the API server
     after_marking: bool = False
 
     def __str__(self) -> str:
@@ -114,7 +116,7 @@ class Call:
     def made(self, scene: Scene, times: int = 1) -> bool:
         """Whether a run has got as far as making it so many times."""
         if isinstance(self.on, Match):
-            return len(scene.cluster.calls(self.on)) >= times
+            return len(scene.cluster.calls(self.on)) >= times + self.nth - 1
         return sum(map(self.on.matches, scene.queue.calls)) >= times + self.after_marking
 
 
@@ -125,10 +127,12 @@ def about_pods(call: firestore.Call) -> bool:
 GET, PATCH = Match("get", "deployments"), Match("patch", "deployments")
 PATCH_POD = Match("patch", "pods")
 READ = Call("reading the Deployment", GET)
+SETS = Call("listing the ReplicaSets", Match("list", "replicasets"))
 LIST = Call("listing the pods", Match("list", "pods"))
-MARK = Call("marking pods", PATCH_POD)
-DOWN = Call("patching the Deployment", PATCH, "scaling down")
-UP = replace(DOWN, id="scaling up", world=scaling_up)
+LEASE = Call("patching the Deployment", PATCH, "taking the lease")
+MARK = Call("setting a pod's deletion cost", PATCH_POD)
+DOWN = replace(LEASE, id="scaling down", nth=2)
+UP = replace(LEASE, id="scaling up", world=scaling_up)
 EVENT = Call("writing the Event", Match("create", "events"))
 WAITING = Call("counting waiting jobs", On("count", where=lambda call: not about_pods(call)))
 BUSY_JOBS = Call("counting busy jobs", On("count", where=about_pods))
@@ -142,39 +146,39 @@ AGAIN = replace(LOOK, id="reading again which pods are busy", after_marking=True
 # scales    exit 0: scaled once, at most one Event
 # holds     exit 1: nothing is changed, and the next run tries again
 # unknown   exit 1: whether the patch arrived could not be found out, which the run says
-# person    exit 2: nothing is changed, and the run says what a person has to do
+# person    exit 2: nothing is changed, and the run says what the user has to do
 # -         not a case of this matrix
 #
 # An indented line goes on with the faults of the row before it.
 
-CLUSTER_CALLS = (READ, LIST, MARK, DOWN, UP, EVENT)
+CLUSTER_CALLS = (READ, SETS, LIST, LEASE, MARK, DOWN, UP, EVENT)
 
 # Twice, or for as long as OUTAGE_SECONDS; after that everything is well.
 API_SERVER_PASSING = """
-read      list      mark      down      up        event
-succeeds  succeeds  succeeds  succeeds  succeeds  warns     resets before it acts
+read     sets     list     lease    mark     down     up       event
+succeeds succeeds succeeds succeeds succeeds succeeds succeeds warns    resets before it acts
     | resets after it has acted | goes away before it acts | goes away after it has acted
     | breaks off in mid-answer | answers garbage | answers nothing
     | answers 408/429/500/502/503/504 | answers 504, but acts
-succeeds  succeeds  succeeds  succeeds  succeeds  succeeds  answers with another kind
--         -         succeeds  succeeds  succeeds  warns     answers 409
+succeeds succeeds succeeds succeeds succeeds succeeds succeeds succeeds answers another kind
+-        -        -        succeeds succeeds succeeds succeeds warns    answers 409
 """
 
-# A 404 for a pod means that it is gone; a test of its own is below.
+# A 404 for a pod means that it is gone; test_busy.py has a test of it.
 API_SERVER_STAYING = """
-read      list      mark      down      up        event
-holds     holds     holds     unknown   unknown   warns     never answers | resets before it acts
-    | goes away before it acts | goes away after it has acted | answers garbage and does nothing
-    | answers 500/502/503/504 | answers 503, retry after 600
-holds     holds     holds     unknown   unknown   scales    drips its answer
-holds     holds     holds     succeeds  succeeds  warns     never answers, but acts
+read     sets     list     lease    mark     down     up       event
+holds    holds    holds    holds    holds    unknown  unknown  warns    never answers
+    | resets before it acts | goes away before it acts | goes away after it has acted
+    | answers garbage and does nothing | answers 500/502/503/504 | answers 503, retry after 600
+holds    holds    holds    holds    holds    unknown  unknown  scales   drips its answer
+holds    holds    holds    unknown  holds    succeeds succeeds warns    never answers, but acts
+holds    holds    holds    succeeds holds    succeeds succeeds warns    answers 504, but acts
     | resets after it has acted | breaks off in mid-answer | answers garbage | answers nothing
-    | answers 504, but acts
-holds     holds     succeeds  succeeds  succeeds  succeeds  answers with another kind
-holds     holds     holds     holds     holds     warns     answers 408/409/429
+holds    holds    holds    succeeds succeeds succeeds succeeds succeeds answers another kind
+holds    holds    holds    holds    holds    holds    holds    warns    answers 408/409/429
     | answers 429, retry after 600
-person    person    person    person    person    warns     answers 400/401/403/422
-person    person    -         person    person    warns     answers 404
+person   person   person   person   person   person   person   warns    answers 400/401/403/422
+person   person   person   person   -        person   person   warns    answers 404
 """
 
 QUEUE_CALLS = (WAITING, BUSY_JOBS, LOOK, AGAIN)
@@ -191,22 +195,22 @@ waiting   busy      look      again
 holds     holds     holds     holds     answers ABORTED/CANCELLED/DEADLINE_EXCEEDED/INTERNAL
     | answers RESOURCE_EXHAUSTED/UNAVAILABLE | answers ALREADY_EXISTS/DATA_LOSS/OUT_OF_RANGE
     | answers UNIMPLEMENTED/UNKNOWN | never answers | resets before the answer
-    | drips its answer | swallows all packets | goes away
+    | drips its answer | drops all packets | goes away
 person    person    person    person    answers FAILED_PRECONDITION/INVALID_ARGUMENT/NOT_FOUND
     | answers PERMISSION_DENIED/UNAUTHENTICATED
 """
 
 NOBODY_THERE = """
 read      waiting
-holds     holds     refuses connections | resets connections | swallows all, from the first
+holds     holds     refuses connections | resets connections | drops all, from the first
     | drips, from the first
 succeeds  succeeds  is slow
 """
 
-# What the answers that wait for a person have to say, by what was refused.
+# What a run that waits for its user has to say, by what was denied.
 ADVICE = {
     "answers 401": "credentials",
-    "answers 403": "the Role in namespace default has to allow {on.verb} on {on.resource} (",
+    "answers 403": "the Role in namespace default must allow {on.verb} on {on.resource} (",
     "answers FAILED_PRECONDITION": "https://console.firebase.google.com/v1/r/project/",
     "answers INVALID_ARGUMENT": "check QUEUE_COLLECTION, WAITING_FILTER, BUSY_FILTER",
     "answers NOT_FOUND": "check FIRESTORE_PROJECT and FIRESTORE_DATABASE",
@@ -236,7 +240,7 @@ class Cell:
         """The reason of a run that holds."""
         if self.fault in FORBIDDEN and self.ending == "person":
             return "Forbidden"
-        if self.fault == "answers 404" and self.call in (READ, DOWN, UP):
+        if self.fault == "answers 404" and self.call in (READ, LEASE, DOWN, UP):
             return "DeploymentNotFound"
         return "ClusterUnavailable" if isinstance(self.call.on, Match) else "QueueUnavailable"
 
@@ -281,7 +285,7 @@ HTTP_FAULTS = {
     "answers garbage": GARBAGE,
     "answers garbage and does nothing": replace(GARBAGE, applied=False),
     "answers nothing": kubernetes.body(b""),
-    "answers with another kind": kubernetes.body(CONFIG_MAPS),
+    "answers another kind": kubernetes.body(CONFIG_MAPS),
     "answers 429, retry after 600": kubernetes.answer(429, {"Retry-After": "600"}),
     "answers 503, retry after 600": kubernetes.answer(503, {"Retry-After": "600"}),
     "answers 504, but acts": replace(kubernetes.answer(504), applied=True),
@@ -293,7 +297,7 @@ GRPC_FAULTS: Mapping[str, firestore.Behaviour] = {
 FIRST_FAULTS: Mapping[str, Callable[[ChaosProxy], None]] = {
     "refuses connections": lambda proxy: proxy.become("refuse"),
     "resets connections": lambda proxy: proxy.become("reset"),
-    "swallows all, from the first": lambda proxy: proxy.become("swallow"),
+    "drops all, from the first": lambda proxy: proxy.become("swallow"),
     "drips, from the first": lambda proxy: proxy.become("drip", seconds=0.2),
     "is slow": lambda proxy: proxy.become("delay", seconds=0.2),
 }
@@ -303,7 +307,7 @@ NETWORK_FAULTS: Mapping[str, Callable[[ChaosProxy], None]] = {
         "reset", after_bytes=proxy.bytes_answered + 60
     ),
     "drips its answer": lambda proxy: proxy.become("drip", seconds=0.2),
-    "swallows all packets": lambda proxy: proxy.become("swallow"),
+    "drops all packets": lambda proxy: proxy.become("swallow"),
     "goes away": lambda proxy: vanish(proxy),
 }
 
@@ -326,25 +330,29 @@ def strike(scene: Scene, call: Call, fault: str, times: int | None = None) -> No
     if fault in FIRST_FAULTS:
         FIRST_FAULTS[fault](scene.api if isinstance(on, Match) else scene.front)
     elif isinstance(on, Match):
-        strike_cluster(scene, on, fault, times)
+        strike_cluster(scene, on, fault, times, call.nth)
     elif call.after_marking:
         scene.cluster.hook(PATCH_POD, lambda _: strike_queue(scene, on, fault, times), "after")
     else:
         strike_queue(scene, on, fault, times)
 
 
-def strike_cluster(scene: Scene, on: Match, fault: str, times: int | None) -> None:
+def strike_cluster(scene: Scene, on: Match, fault: str, times: int | None, nth: int) -> None:
+    requests = itertools.count(1)
+
     def go_away(_: kubernetes.Request) -> None:
+        if next(requests) != nth:
+            return
         if times:
             pass_over(scene, scene.api)  # first: the run may be over as soon as the other is done
         vanish(scene.api)
 
     if fault.startswith("goes away"):
-        scene.cluster.hook(on, go_away, "after")
+        scene.cluster.hook(on, go_away, "after", times=nth)
     behaviour = HTTP_FAULTS.get(fault.replace("goes away", "resets"))
     if behaviour is None:
         behaviour = kubernetes.answer(int(fault.removeprefix("answers ")))
-    scene.cluster.fault(on, behaviour, times)
+    scene.cluster.fault(on, behaviour, times, nth)
 
 
 def strike_queue(scene: Scene, on: On, fault: str, times: int | None) -> None:
@@ -417,7 +425,9 @@ def play(index: int) -> None:
         check(scene, run, cell.ending, cell.budget_seconds)
         if cell.ending in ("holds", "person"):
             assert run.reason == cell.reason, run
-            assert call.doing in run.record["message"] or run.reason == "DeploymentNotFound"
+            doing = {call.doing, READ.doing} if call is LEASE else {call.doing}  # it reads again
+            message = run.record["message"]
+            assert any(one in message for one in doing) or run.reason == "DeploymentNotFound"
         if cell.fault in ADVICE:
             assert ADVICE[cell.fault].format(on=call.on) in run.stdout, run
         if cell.fault.endswith("retry after 600"):
@@ -473,7 +483,7 @@ def test_a_patch_whose_answer_is_lost_is_looked_up_and_not_sent_again() -> None:
         assert len(scene.cluster.calls(GET)) == 2
 
 
-def test_a_lost_answer_and_then_another_hand_leave_one_scale_of_ours() -> None:
+def test_a_lost_answer_and_then_another_writer_leave_one_rescale_of_ours() -> None:
     with scaling_up() as scene:
         scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
         scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 2), "after")
@@ -551,23 +561,24 @@ def terminate(scene: Scene, call: Call, times: int = 1, by: int = signal.SIGTERM
 
 @pytest.mark.parametrize("call", [*CLUSTER_CALLS, *QUEUE_CALLS], ids=str)
 @pytest.mark.slow
-def test_sigterm_ends_a_run_at_once_with_what_was_under_way(call: Call) -> None:
+def test_sigterm_ends_a_run_immediately_and_is_no_error(call: Call) -> None:
     with call.world(process=True) as scene:
         strike(scene, call, "never answers")
         run = terminate(scene, call)
         line = told(run)
         assert run.exit_code == 143 and run.seconds < 2, run
+        assert " INFO AutoScaler" in line, run
         if call is EVENT:
             check_scaled(scene, run)
         else:
-            assert f"SIGTERM while {call.doing}" in line, run
+            assert run.reason == "Interrupted" and f"ended by SIGTERM while {call.doing}" in line
             assert run.record["action"] == "none", run
             assert run.record["replicas"] == (None if call in (READ, DOWN, UP) else scene.before)
             assert scene.replicas == scene.before, run
 
 
 def check_scaled(scene: Scene, run: Run) -> None:
-    """What was done before the run broke off is told as it is."""
+    """What was done before the run was aborted is reported as it is."""
     assert run.record["action"] == ("scale-up" if scene.after > scene.before else "scale-down")
     assert run.record["replicas"] == scene.replicas == scene.after, run
     assert len(scene.cluster.scales) == 1, run
@@ -592,7 +603,7 @@ def test_sigterm_after_a_patch_whose_answer_was_lost_claims_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_a_login_helper_that_hangs_is_cut_off_by_the_budget() -> None:
+def test_a_login_helper_that_hangs_is_ended_by_the_budget() -> None:
     with scaling_up(process=True, TIMEOUT_SECONDS="2") as scene:
         kubeconfig = yaml.safe_load(Path(scene.settings["KUBECONFIG"]).read_text())
         helper = {"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never"}
@@ -633,7 +644,7 @@ def test_a_crash_before_the_patch_changes_nothing(
         assert scene.cluster.scales == []
 
 
-def test_a_crash_after_the_patch_does_not_deny_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_after_the_patch_still_reports_the_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes with the Event, which is the last thing that a run writes."""
     call_api = ApiClient.call_api
 
@@ -684,7 +695,7 @@ def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | No
     return ends
 
 
-def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back() -> None:
+def test_the_fallback_adds_pods_after_its_time_and_ends_when_the_queue_is_back() -> None:
     with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as scene:
         scene.queue.fault("count", UNREADABLE)
         assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)]
@@ -702,7 +713,7 @@ def test_the_fallback_adds_pods_after_its_time_and_goes_when_the_queue_is_back()
         assert "queue-failing-since" not in scene.annotations
 
 
-def test_what_a_person_has_to_change_falls_back_too_and_still_says_so() -> None:
+def test_a_denied_queue_falls_back_too_and_still_says_what_to_do() -> None:
     with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as scene:
         scene.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, "no"))
         assert failing_minutes(scene, 2) == [(2, "Forbidden", 1), (2, "Fallback", 2)]

@@ -1,4 +1,4 @@
-"""Answers that nobody expects: the run takes them for what they are, or holds; it never guesses."""
+"""Responses that nobody expects: a run takes them for what they are, or holds; it never guesses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
+import scaler
 from tests.support import kubernetes
 from tests.support.firestore import CountAs, EmptyStream, Fail, On
 from tests.support.kubernetes import Match
@@ -38,7 +39,7 @@ ABSENT: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", ABSENT.values(), ids=ABSENT)
-def test_what_a_deployment_lacks_has_its_default(world: World, change: Change) -> None:
+def test_a_missing_part_of_a_deployment_has_its_default(world: World, change: Change) -> None:
     world.queue.fill(5)
     edit(world, change)
     run = world.run()
@@ -56,8 +57,8 @@ def test_other_peoples_huge_annotations_are_left_alone(world: World) -> None:
     assert all(len(line) < 4000 for line in run.stdout.splitlines())
 
 
-def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(world: World) -> None:
-    """The API server takes 256 KiB of annotations; a person has to make room."""
+def test_a_deployment_without_room_for_our_annotations_is_left_as_it_is(world: World) -> None:
+    """The API server takes 256 KiB of annotations; the user has to make room."""
     world.queue.fill(5)
     full = {"example.com/full": "x" * (256 * 1024 - 100)}
     edit(world, lambda d: d["metadata"]["annotations"].update(full))
@@ -66,7 +67,7 @@ def test_a_deployment_that_has_no_room_for_our_annotations_is_left_as_it_is(worl
     assert "Too long: may not be more than 262144 bytes" in run.record["message"], run
 
 
-def test_a_long_history_is_read_and_grows_no_longer(world: World) -> None:
+def test_a_long_history_is_read_and_does_not_grow(world: World) -> None:
     now = int(START.timestamp())
     history = " ".join(f"{now - age}:{age % 3 + 1}" for age in range(10_000))
     world.cluster.scale("worker", 3)
@@ -105,24 +106,99 @@ ODD_DEPLOYMENTS: dict[str, bytes] = {
     "not UTF-8": b"\xff\xfe\x00",
     "endless lists": b"[" * 200_000,
     "a long number": b"9" * 10_000,
+    "words for a generation": odd_deployment(SPEC, generation="two"),
 }
 
 
+@pytest.mark.usefixtures("short_look")
 @pytest.mark.parametrize("raw", ODD_DEPLOYMENTS.values(), ids=ODD_DEPLOYMENTS)
-def test_what_is_no_deployment_is_not_acted_on(world: World, raw: bytes) -> None:
+def test_an_unusable_deployment_changes_nothing(world: World, raw: bytes) -> None:
     world.queue.fill(5)
     world.cluster.fault(Match("get", "deployments"), kubernetes.body(raw), times=None)
-    run = world.run(TIMEOUT_SECONDS="1")
+    run = world.run()
     assert (run.exit_code, run.reason) == (1, "ClusterUnavailable"), run
     assert "makes no sense" in run.record["message"], run
     assert run.record["action"] == "none" and world.cluster.calls(Match("patch")) == []
+
+
+# ------------------------------------------------------------------ the lists of a scale-down
+
+
+def listing(kind: str, *items: object, **metadata: object) -> bytes:
+    return json.dumps({"kind": kind, "metadata": metadata, "items": items}).encode()
+
+
+def odd_set(**changes: object) -> dict[str, object]:
+    owner = {"kind": "Deployment", "uid": UID, "controller": True}
+    metadata = {"name": "worker-1", "uid": "rs", "ownerReferences": [owner], **changes}
+    return {"metadata": metadata, "spec": {"replicas": changes.get("replicas", 3)}}
+
+
+def odd_pod(**changes: object) -> dict[str, object]:
+    owner = {"kind": "ReplicaSet", "uid": "rs", "controller": True}
+    metadata = {"name": "w", "uid": "u", "resourceVersion": "1", "ownerReferences": [owner]}
+    return {"metadata": {**metadata, **changes}, "spec": {}, "status": {"phase": "Running"}}
+
+
+UID = "the Deployment's"
+ODD_LISTS: dict[str, tuple[str, bytes]] = {
+    "null": ("replicasets", b"null"),
+    "a string": ("pods", b'"PodList"'),
+    "no kind": ("pods", b'{"metadata": {}, "items": []}'),
+    "pods for ReplicaSets": ("replicasets", listing("PodList")),
+    "ReplicaSets for pods": ("pods", listing("ReplicaSetList")),
+    "a table": ("pods", listing("Table")),
+    "no metadata": ("pods", b'{"kind": "PodList", "items": []}'),
+    "items that are a number": ("replicasets", b'{"kind": "ReplicaSetList", "items": 5}'),
+    "items that are names": ("pods", listing("PodList", "worker-1")),
+    "a ReplicaSet without metadata": ("replicasets", listing("ReplicaSetList", {"spec": {}})),
+    "a ReplicaSet without a UID": ("replicasets", listing("ReplicaSetList", odd_set(uid=None))),
+    "words for numbers": ("replicasets", listing("ReplicaSetList", odd_set(replicas="3"))),
+    "a pod without a name": ("pods", listing("PodList", odd_pod(name=None))),
+    "a pod without a resourceVersion": (
+        "pods", listing("PodList", odd_pod(resourceVersion=None))),
+    "owners that are names": ("pods", listing("PodList", odd_pod(ownerReferences=["worker"]))),
+    "no ReplicaSet at all": ("replicasets", listing("ReplicaSetList")),
+    "another Deployment's ReplicaSet only": (
+        "replicasets", listing("ReplicaSetList", odd_set(ownerReferences=[]))),
+    "endless lists": ("pods", b"[" * 200_000),
+    "not UTF-8": ("pods", b"\xff\xfe"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("short_look")
+@pytest.mark.parametrize(("resource", "raw"), ODD_LISTS.values(), ids=ODD_LISTS)
+def test_an_unusable_list_removes_nothing(world: World, resource: str, raw: bytes) -> None:
+    world.cluster.scale("worker", 3)
+    uid = str(world.cluster.deployment("worker")["metadata"]["uid"])
+    raw = raw.replace(json.dumps(UID).encode(), json.dumps(uid).encode())
+    busy = str(world.cluster.pods("worker")[0]["metadata"]["name"])
+    world.queue.put("jobs/1", {"status": "processing", "assignedPodId": busy})
+    world.cluster.fault(Match("list", resource), kubernetes.body(raw), times=None)
+    run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
+    assert world.replicas == 3 and world.cluster.calls(Match("patch")) == [], run
+    assert (run.exit_code, run.reason) in [(1, "ClusterUnavailable"), (0, "WorkersBusy")], run
+
+
+def test_a_page_that_has_expired_is_listed_again_from_the_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API server keeps a list's later pages for a few minutes, then answers 410."""
+    monkeypatch.setattr(scaler, "PAGE", 1)
+    world.cluster.scale("worker", 3)
+    world.cluster.fault(Match("list", "pods"), kubernetes.answer(410), nth=2)
+    run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
+    assert (run.exit_code, world.replicas) == (0, 1), run
+
+
+# ----------------------------------------------------------------------------------- the queue
 
 
 @pytest.mark.parametrize(
     ("doing", "nth"), [("counting waiting jobs", 1), ("counting busy jobs", 2)]
 )
 @pytest.mark.parametrize("answer", [CountAs(None), CountAs(-1), EmptyStream()], ids=str)
-def test_a_count_that_is_none_holds(world: World, answer: Any, doing: str, nth: int) -> None:
+def test_an_unusable_count_holds(world: World, answer: Any, doing: str, nth: int) -> None:
     world.cluster.scale("worker", 3)
     world.queue.fault(On("count", nth), answer)
     run = world.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
@@ -151,7 +227,7 @@ def test_an_api_server_whose_clock_is_off_changes_nothing(world: World, minutes:
     assert run.reason == "ScaleDownCooldown" and "WARNING" not in run.stdout, run
 
 
-def test_a_failing_queue_by_another_clock_is_timed_afresh(world: World) -> None:
+def test_a_failing_queue_by_another_clock_is_timed_from_scratch(world: World) -> None:
     world.queue.fault("count", Fail(StatusCode.UNKNOWN))
     fallback = {"FALLBACK_REPLICAS": "2", "FALLBACK_AFTER_SECONDS": "120"}
     world.pass_time(600)

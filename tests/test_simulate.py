@@ -291,6 +291,30 @@ def test_a_polling_run_looks_until_its_time_is_up() -> None:
         assert points[len(offsets)].at == BEGIN + 60
 
 
+@pytest.mark.parametrize(
+    ("interval", "timeout", "offset", "first", "wait", "due"),
+    [
+        ("", 45, 0, True, None, None),
+        ("", 45, 0, True, 15, 15),
+        ("", 45, 0, True, 16, None),
+        ("", 45, 15, False, 5, None),
+        ("", 10, 0, True, 9, 9),
+        ("", 10, 0, True, 10, None),
+        ("20", 45, 0, True, 12, 12),
+        ("20", 45, 12, False, 14, 20),
+        ("20", 45, 20, False, 14, 34),
+        ("20", 45, 40, False, None, None),
+        ("20", 3600, 40, False, 14, 54),
+        ("20", 3600, 40, False, None, None),
+    ],
+)
+def test_when_a_run_looks_again(
+    interval: str, timeout: int, offset: float, first: bool, wait: float | None, due: float | None
+) -> None:
+    environ = {"POLLING_INTERVAL_SECONDS": interval, "TIMEOUT_SECONDS": str(timeout)}
+    assert simulate.next_look(settings(environ), offset, first, wait) == due
+
+
 NO_DELAYS = {"SCALE_DOWN_STABILIZATION_SECONDS": "0", "SCALE_DOWN_COOLDOWN_SECONDS": "0"}
 
 
@@ -695,7 +719,8 @@ def test_a_chart_has_a_panel_for_each_variant(
 @pytest.mark.parametrize("most", [0, 1, 7, 10, 99, 12_345])
 def test_labels_are_few_and_apart_whatever_the_span_and_the_numbers(span: int, most: int) -> None:
     points = [Point(BEGIN, 0, 0, 0), Point(BEGIN + span, most, most, most)]
-    text = chart.draw([Panel(points, "a <b> & c " * 20, max(1, most))], "caption")
+    panel = Panel(points, BEGIN + span, "a <b> & c " * 20, max(1, most))
+    text = chart.draw([panel], "caption")
     labels = drawn(text).findall("{*}text")
     assert "a <b> & c" in (labels[0].text or "")
     places = [(float(one.get("x", 0)), float(one.get("y", 0)), one.text or "") for one in labels]

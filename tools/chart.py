@@ -39,17 +39,12 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """One course of events. `limit` is MAX_REPLICAS."""
+    """One course of events. The last point holds until `end`; `limit` is MAX_REPLICAS."""
 
     points: Sequence[Point]
+    end: float
     title: str = ""
     limit: int | None = None
-
-    @property
-    def end(self) -> float:
-        """The last point holds for as long as the one before it."""
-        last = self.points[-1].at
-        return 2 * last - self.points[-2].at if len(self.points) > 1 else last + MINUTE
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,8 @@ def draw(panels: Sequence[Panel], caption: str) -> str:
     highest = max(max(point.pods or point.busy for point in every), *limits, 1)
     # A little more than the most, for the limit's label.
     most = Point(0, max(1, *(point.waiting for point in every)), 0, highest + 1 + highest // 5)
-    time = Time(min(point.at for point in every), max(panel.end for panel in panels))
+    start = min(point.at for point in every)
+    time = Time(start, max(start + MINUTE, *(panel.end for panel in panels)))
     parts, top = [], float(LEGEND)
     for panel in panels:
         for line in textwrap.wrap(panel.title, TITLE_LENGTH):
@@ -247,7 +243,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, metavar="FILE")
     file: Path = parser.parse_args(argv).file
     caption = "Pods following the queue, as scaler.py decided minute by minute"
-    file.write_text(draw([Panel(follow_an_hour(), limit=MOST_PODS)], caption))
+    panel = Panel(follow_an_hour(), MINUTES * MINUTE, limit=MOST_PODS)
+    file.write_text(draw([panel], caption))
     print(f"{file}: {MINUTES} runs of scaler.py")
     return 0
 

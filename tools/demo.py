@@ -1,7 +1,7 @@
 """`make demo`: the real scaler.py, a process a "minute", between an embedded Firestore and an
 embedded Kubernetes API. Time is made to pass, not waited for.
 
-    python -m tools.demo    four scenarios of a short queue, idle pods first, a burst
+    python -m tools.demo    a short queue, idle pods first, jobs that become due, a burst
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,12 @@ def stage(**settings: str) -> Iterator[Stage]:
         yield Stage(world, queue, clock)
 
 
-# --- What a person sees ------------------------------------------------------------------------
+# --- What the user sees -------------------------------------------------------------------------
 
 
 @dataclass
 class Screen:
-    """The table. Colour only where a terminal shows it."""
+    """The table. Colour only on a terminal."""
 
     colour: bool
     width: int
@@ -168,7 +168,7 @@ class Screen:
 
 
 def bar(stage: Stage, works: bool) -> str:
-    """A block a pod; where pods work, one that works on nothing is hollow."""
+    """A block per pod; if pods work, an idle one is hollow."""
     busy = stage.busy_pods()
     return "".join("■" if pod in busy or not works else "□" for pod in stage.pods())
 
@@ -191,7 +191,7 @@ class Show:
             run, removed = self.stage.run()
             self.screen.row(self.minute, run, bar(self.stage, self.works))
             for pod in removed if self.works else []:
-                what = "at work" if pod in self.stage.killed else "idle"
+                what = "busy" if pod in self.stage.killed else "idle"
                 self.screen.note(f"removed …{pod.removeprefix(NAME)} ({what})")
             if run.exit_code:
                 self.screen.check(False, f"every run ends well: {run}")
@@ -251,8 +251,8 @@ def idle_pods_first(screen: Screen) -> None:
         show = Show(world, screen, works=True)
         screen.headline(
             "5. Three pods work on jobs of 2, 5 and 8 minutes (BUSY_FILTER is set)",
-            "each pod disappears once it is idle (□), never while it works (■). All waits before "
-            "a scale-down are switched off here, so that every minute is a chance to get it wrong; "
+            "each pod disappears once it is idle (□), never while it works (■). All delays before "
+            "a scale-down are disabled here, so that every minute is a chance to get it wrong; "
             "left to itself, Kubernetes removes the youngest pod first, which has the longest job.",
         )
         for minutes in (2, 5, 8):
@@ -275,6 +275,27 @@ def idle_pods_first(screen: Screen) -> None:
         screen.check(killed == 2, f"{killed} busy pods removed, which is what BUSY_FILTER is for")
 
 
+DUE = '[["status", "==", "waiting"], ["performAt", "<=", {"timestampValue": "now"}]]'
+
+
+def job_becomes_due(screen: Screen) -> None:
+    """Two jobs for later: they count from their time on, without anybody touching them."""
+    with stage(WAITING_FILTER=DUE) as world:
+        show = Show(world, screen, works=False)
+        screen.headline(
+            "6. Two jobs are to start at minute 2 (WAITING_FILTER compares performAt with now)",
+            "1 pod until then, 2 pods at that minute.",
+        )
+        for number in (1, 2):
+            due = START + timedelta(minutes=2)
+            later = {"status": "waiting", "minutes": 0, "performAt": due}
+            world.queue.put(f"jobs/later-{number}", later)
+        show.minutes(2)
+        show.check_pods(1, "before they are due")
+        show.minutes(1)
+        show.check_pods(2, "once they are due")
+
+
 BURST_INTERVAL_SECONDS = 1
 
 
@@ -290,7 +311,7 @@ def burst(screen: Screen) -> None:
         settings = {"POLLING_INTERVAL_SECONDS": interval, "TIMEOUT_SECONDS": "5"}
         world = World(cluster, queue, NAME, None, settings, Path(directory))
         screen.headline(
-            f"6. Five jobs at once, with POLLING_INTERVAL_SECONDS={interval} and the real clock",
+            f"7. Five jobs at once, with POLLING_INTERVAL_SECONDS={interval} and the real clock",
             "3 pods within seconds, not at the next minute: one run looks again and again.",
         )
         run = world.start(log=Path(directory) / "log")
@@ -332,6 +353,7 @@ def demo(screen: Screen) -> int:
     )
     short_queue(screen)
     idle_pods_first(screen)
+    job_becomes_due(screen)
     burst(screen)
     seconds = time.monotonic() - started
     print()

@@ -547,10 +547,8 @@ def what_happened(jobs: Sequence[Job]) -> Outcome:
     for at, change in sorted(changes.items()):
         waiting, busy = waiting + change[0], busy + change[1]
         points.append(Point(at, waiting, busy, None))
-    name = "what happened"
-    return Outcome(
-        waits_row(name, [job.started - job.created for job in jobs]), Panel(points, name)
-    )
+    row = waits_row("what happened", [job.started - job.created for job in jobs])
+    return Outcome(row, Panel(points, points[-1].at, row.variant))
 
 
 def simulate(
@@ -589,7 +587,7 @@ def simulate(
         at_maximum_seconds=round(time_at(points, settings.max_replicas, workers.moment), 1),
         killed=workers.killed,
     )
-    return Outcome(row, Panel(points, name, settings.max_replicas), workers.left)
+    return Outcome(row, Panel(points, workers.moment, name, settings.max_replicas), workers.left)
 
 
 def time_at(points: Sequence[Point], replicas: int, end: float) -> float:
