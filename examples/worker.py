@@ -1,83 +1,149 @@
-"""A worker for queue-scaler to scale: copy it, and put your own work into `work`.
-
-A job's document names the pod that works on it, which is how a scale-down knows to leave it alone.
-"""
+"""A worker for queue-scaler to scale, by the protocol in docs/busy-workers.md.
+Copy it, and put your own work into `work`. Its only package is google-cloud-firestore."""
 
 import logging
 import os
 import random
 import signal
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from threading import Event, Thread
 from typing import Any
 
-from google.cloud import firestore
-from google.cloud.firestore import FieldFilter
-
-# A pod's host name is its own name; with hostNetwork it is the node's: set POD_NAME there.
-POD = os.environ.get("POD_NAME") or os.environ["HOSTNAME"]
-
-# A pod that is killed past its grace period, or whose node is lost, cannot give its job back: the
-# document says "processing" for ever, and nobody waits for it. So a claim is a lease, which any
-# other worker takes back when it has run out. Let it be longer than the longest job takes.
-LEASE = timedelta(seconds=int(os.environ.get("LEASE_SECONDS", "7200")))
+holding = stopping = False
 
 
-def work(job: dict[str, Any]) -> None:
+def on_sigterm(*_: object) -> None:
+    global stopping
+    stopping = True
+    if not holding:
+        os._exit(0)
+
+
+# Before the slow imports: a container's process 1 ignores SIGTERM until it has a handler.
+signal.signal(signal.SIGTERM, on_sigterm)
+
+from google.api_core.exceptions import FailedPrecondition, GoogleAPIError  # noqa: E402
+from google.cloud.firestore import And, Client, DocumentReference, FieldFilter  # noqa: E402
+
+Job = dict[str, Any]
+
+
+def work(job: Job) -> None:
+    """Your work. A job can come twice; one that raises an exception comes MAX_ATTEMPTS times."""
     time.sleep(job.get("seconds", 30))
 
 
-def attempt(job: dict[str, Any]) -> str:
-    """Work, and tell how it went: a job left as processing would keep its pod for ever."""
-    try:
-        work(job)
-        return "done"
-    except Exception:
-        logging.exception("failed: %s", job)
-        return "failed"
+POD = os.environ.get("POD_NAME") or sys.exit("POD_NAME is not set: see examples/worker.yaml")
+LEASE = timedelta(seconds=float(os.environ.get("LEASE_SECONDS", "300")))
+MAX_ATTEMPTS = int(os.environ.get("MAX_ATTEMPTS", "3"))
+MAX_PAUSE_SECONDS = float(os.environ.get("MAX_PAUSE_SECONDS", "30"))
 
 
-@firestore.transactional
-def claim(transaction: firestore.Transaction, job: firestore.DocumentReference) -> bool:
-    """Of two workers that want the same job Firestore lets one commit; the other looks again."""
-    if job.get(["status"], transaction=transaction).to_dict() != {"status": "waiting"}:
-        return False
-    lease = {"leaseUntil": datetime.now(UTC) + LEASE}
-    transaction.update(job, {"status": "processing", "assignedPodId": POD, **lease})
-    return True
+# The four transactions: the fields to write to a job as it is now, or None to leave it alone.
+def claim(job: Job) -> Job | None:
+    now, status, attempts = datetime.now(UTC), job.get("status"), job.get("attempts", 0)
+    lost = status == "processing" and (job.get("leaseUntil") or now) < now
+    if stopping or not (status == "waiting" or lost or is_own(job)):
+        return None
+    if attempts >= MAX_ATTEMPTS:
+        return {"status": "failed", "leaseUntil": None}
+    lease = {"assignedPodId": POD, "leaseUntil": now + LEASE}
+    return {"status": "processing", "attempts": attempts + 1, **lease}
 
 
-@firestore.transactional
-def give_back(transaction: firestore.Transaction, job: firestore.DocumentReference) -> None:
-    """Of several workers that see a lease run out, or with its owner finishing, one commits."""
-    lease = (job.get(["leaseUntil"], transaction=transaction).to_dict() or {}).get("leaseUntil")
-    if lease and lease < datetime.now(UTC):
-        transaction.update(job, {"status": "waiting", "leaseUntil": None})
+def renew(job: Job) -> Job | None:
+    return {"leaseUntil": datetime.now(UTC) + LEASE} if is_own(job) else None
+
+
+def finish(job: Job) -> Job | None:
+    return {"status": "done", "leaseUntil": None} if is_own(job) else None
+
+
+def give_back(job: Job) -> Job | None:
+    status = "waiting" if job.get("attempts", 0) < MAX_ATTEMPTS else "failed"
+    return {"status": status, "leaseUntil": None} if is_own(job) else None
+
+
+def is_own(job: Job) -> bool:
+    return (job.get("status"), job.get("assignedPodId")) == ("processing", POD)
+
+
+def change(client: Client, job: DocumentReference, step: Callable[[Job], Job | None]) -> Job:
+    """The job after one of the four, {} if it was left alone. No lock makes other workers wait."""
+    while True:
+        read = job.get()
+        fields = read.to_dict() or {}
+        if (written := step(fields)) is None:
+            return {}
+        with suppress(FailedPrecondition):  # changed since it was read: read again
+            job.update(written, client.write_option(last_update_time=read.update_time))
+            return {**fields, **written}
+
+
+def keep_lease(client: Client, job: DocumentReference, ended: Event) -> None:
+    while not ended.wait(LEASE.total_seconds() / 3):
+        try:
+            if not change(client, job, renew):
+                return logging.warning("%s: lease lost, another worker may have it", job.path)
+        except GoogleAPIError as error:
+            logging.warning("%s: lease not renewed: %s", job.path, error)
+
+
+def take(client: Client, job: DocumentReference) -> bool:
+    """Claim a job and see it through; False if another worker was faster."""
+    began, step, failure, ended = time.monotonic(), finish, None, Event()
+    fields = change(client, job, claim)
+    if fields.get("status") == "processing":
+        renewal = Thread(target=keep_lease, args=(client, job, ended), daemon=True)
+        renewal.start()
+        try:
+            work(fields)
+        except Exception as error:
+            step, failure = give_back, error
+        ended.set()
+        renewal.join()
+    while fields.get("status") == "processing":
+        try:
+            fields = change(client, job, step) or {"status": "lost, not written"}
+        except GoogleAPIError as error:
+            logging.warning("%s: its end is not written yet: %s", job.path, error)
+            time.sleep(random.uniform(1, 5))
+    if fields:
+        end = f"{job.path}: {fields['status']} after {time.monotonic() - began:.1f} s"
+        logging.log(logging.ERROR if failure else logging.INFO, end, exc_info=failure)
+    return bool(fields)
 
 
 def main() -> None:
-    told_to_stop: list[int] = []
-    # Kubernetes waits for terminationGracePeriodSeconds: let it be longer than the longest job.
-    signal.signal(signal.SIGTERM, lambda number, _: told_to_stop.append(number))
-    client = firestore.Client(os.environ.get("FIRESTORE_PROJECT"))
-    jobs = client.collection("jobs")
-    waiting = jobs.where(filter=FieldFilter("status", "==", "waiting")).limit(10)
-    mine = jobs.where(filter=FieldFilter("assignedPodId", "==", POD))
-
-    # A container that died starts again in the same pod, and no longer knows what it held.
-    for held in mine.where(filter=FieldFilter("status", "==", "processing")).stream():
-        held.reference.update({"status": "waiting", "leaseUntil": None})
-
-    while not told_to_stop:
-        overdue = jobs.where(filter=FieldFilter("leaseUntil", "<", datetime.now(UTC))).limit(10)
-        for lost in overdue.stream():
-            give_back(client.transaction(), lost.reference)
-        found = list(waiting.stream())
-        job = random.choice(found) if found else None  # the first would be everybody's choice
-        if job is None:
-            time.sleep(1)
-        elif not told_to_stop and claim(client.transaction(), job.reference):
-            job.reference.update({"status": attempt(job.to_dict() or {}), "leaseUntil": None})
+    global holding
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    project, database = map(os.environ.get, ("FIRESTORE_PROJECT", "FIRESTORE_DATABASE"))
+    client = Client(project, database=database)
+    jobs = client.collection(os.environ.get("QUEUE_COLLECTION", "jobs"))
+    # Firestore's automatic single-field indexes serve all three queries.
+    waiting = FieldFilter("status", "==", "waiting")
+    held = And([FieldFilter("status", "==", "processing"), FieldFilter("assignedPodId", "==", POD)])
+    pause, lost_due = 0.0, 0.0
+    while not stopping:
+        time.sleep(pause * random.uniform(0.5, 1))
+        filters: list[Any] = [waiting]
+        if time.monotonic() >= lost_due:
+            filters += [held, FieldFilter("leaseUntil", "<", datetime.now(UTC))]
+            lost_due = time.monotonic() + LEASE.total_seconds() / 3
+        try:
+            found = [job for each in filters for job in jobs.where(filter=each).limit(10).stream()]
+            random.shuffle(found)  # so that few workers want the same job
+            holding = True
+            taken = any(take(client, job.reference) for job in found if not stopping)
+            pause = 0 if taken else 1 if found else min(2 * pause or 1, MAX_PAUSE_SECONDS)
+        except GoogleAPIError as error:
+            logging.warning("Firestore: %s", error)
+            pause = MAX_PAUSE_SECONDS
+        holding = False
 
 
 if __name__ == "__main__":
