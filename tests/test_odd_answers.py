@@ -158,6 +158,7 @@ ODD_LISTS: dict[str, tuple[str, bytes]] = {
     "a pod without a resourceVersion": (
         "pods", listing("PodList", odd_pod(resourceVersion=None))),
     "owners that are names": ("pods", listing("PodList", odd_pod(ownerReferences=["worker"]))),
+    "no pod at all": ("pods", listing("PodList")),
     "no ReplicaSet at all": ("replicasets", listing("ReplicaSetList")),
     "another Deployment's ReplicaSet only": (
         "replicasets", listing("ReplicaSetList", odd_set(ownerReferences=[]))),
