@@ -390,7 +390,7 @@ def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
     for name, op, value in (condition for each in alternatives for condition in each):
         if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
             yield (
-                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
+                f"{variable} matches no job: {json.dumps([name, op, value])} compares text, "
                 f"which no timestamp matches; if {name} is a timestamp, write "
                 '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
             )

@@ -65,6 +65,13 @@ class Situation(World):
         del environ["FIRESTORE_EMULATOR_HOST"]
         return self.run_with(environ)
 
+    def without_metadata_server(self) -> Run:
+        """In a cluster of Google's, in the first seconds of a pod."""
+        nobody = {"GCE_METADATA_HOST": "127.0.0.1:9", "GCE_METADATA_IP": "127.0.0.1:9"}
+        environ = {**self.environment(TIMEOUT_SECONDS="3"), **nobody}
+        del environ["FIRESTORE_EMULATOR_HOST"]
+        return self.run_with(environ)
+
     def all_busy(self, write: Callable[[str], object] = str) -> None:
         """Each pod works on a job, which names it in this form."""
         self.queue.clear()
@@ -104,9 +111,11 @@ def nothing_works(it: Situation) -> Iterator[Run]:
     for resource in ("replicasets", "pods"):
         yield it.as_the_scaler(role.replace(f"[{resource}]", "[]"), BUSY_FILTER=BUSY)
     yield it.without_credentials()
+    yield it.without_metadata_server()
     yield run(FIRESTORE_DATABASE="missing")
     for problem in (missing_index(), DATASTORE_MODE, DENIED, UNAVAILABLE):
         yield it.queue_fails(problem)
+    yield it.queue_fails(UNAVAILABLE, HTTPS_PROXY="http://proxy.example.com:3128", NO_PROXY="*")
     for problem in (DENIED, UNAVAILABLE):
         yield it.queue_fails(problem, SCALE_UP_STEP="0", **FALLBACK)
         yield it.queue_fails(problem, **FALLBACK)
@@ -177,6 +186,19 @@ def jobs_end(it: Situation) -> Iterator[Run]:
     yield run(MIN_REPLICAS="1", MAX_REPLICAS="1")
 
 
+def odd_jobs(it: Situation) -> Iterator[Run]:
+    """Jobs whose fields hold something else than the settings say."""
+    busy = {"BUSY_FILTER": BUSY, **NO_WAITS}
+    at = ["performAt", "<=", "2026-01-01T00:00:00Z"]
+    yield it.run(WAITING_FILTER=json.dumps([["status", "==", "waiting"], at]))
+    it.queue.put("jobs/a", {"status": "processing", "worker": "w"})
+    yield it.run(**busy)
+    pod = it.cluster.pods(NAME)[0]["metadata"]["name"]
+    it.queue.put("jobs/a", {"status": "processing", "assignedPodId": f"default/{pod}"})
+    it.queue.put("jobs/b", {"status": "processing", "assignedPodId": "worker-gone"})
+    yield it.run(**busy)
+
+
 def rollout(it: Situation) -> Iterator[Run]:
     it.cluster.start_rollout(NAME, new_pods=1, old_pods=2)
     it.all_busy()
@@ -191,7 +213,7 @@ def first_scale(it: Situation) -> Iterator[Run]:
 # With so many pods each.
 SITUATIONS = (
     (1, first_scale), (1, nothing_works), (1, others_act), (1, jobs_come), (3, jobs_end),
-    (3, rollout),
+    (3, rollout), (2, odd_jobs),
 )  # fmt: skip
 
 
