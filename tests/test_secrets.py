@@ -43,10 +43,10 @@ def check(world: World, run: Run) -> None:
 
 
 @pytest.fixture(autouse=True)
-def verbose(world: World, cluster: FakeKubernetes) -> None:
+def verbose(world: World, cluster: FakeKubernetes, one_try: None) -> None:
     """The most talkative run there is, with a token that is easily found."""
     cluster.admin_token = cluster.add_token("scaler", TOKEN, admin=True)
-    world.settings = {"LOG_LEVEL": "DEBUG", "TIMEOUT_SECONDS": "2"}
+    world.settings = {"LOG_LEVEL": "DEBUG", "TIMEOUT_SECONDS": "3"}
 
 
 def kubeconfig(world: World, **user: Any) -> dict[str, Any]:
