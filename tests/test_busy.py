@@ -471,6 +471,13 @@ def test_another_runs_lease_holds_a_scale_down(world: World) -> None:
     assert LEASE not in world.cluster.annotations("worker")
 
 
+def test_the_marks_of_a_run_that_is_at_work_are_left_alone(world: World) -> None:
+    lease(world, 30)
+    mark(world, live(world)[:2])
+    world.queue.fill(5)
+    assert (world.run().reason, patched(world)) == ("AtTarget", [])
+
+
 def test_another_runs_lease_does_not_hold_a_scale_up(world: World) -> None:
     lease(world, 30)
     world.queue.fill(7)

@@ -8,6 +8,7 @@ in the pages.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +37,7 @@ from scaler import (
     without_queue,
 )
 from tests.support import kubernetes
-from tests.support.firestore import Fail
+from tests.support.firestore import CountAs, Fail
 from tests.support.inputs import CALM, SETTINGS, ago, failing, history, observed
 from tests.support.kubernetes import Match
 from tests.support.world import BUSY, START, Run, World
@@ -352,6 +353,70 @@ def test_a_server_that_does_not_respond_in_words(world: World) -> None:
     line = last_line(world.run())
     said = "ClusterUnavailable: the API server did not respond while reading the Deployment: "
     assert line.startswith(said) and "Connection refused" in line
+
+
+def test_credentials_that_no_request_can_carry_in_words(world: World) -> None:
+    config = world.cluster.write_kubeconfig(world.directory / "odd", token="two\nlines")
+    assert last_line(world.run(KUBECONFIG=str(config))) == (
+        "Forbidden: the credentials hold a character that no HTTP header can, such as a line end"
+    )
+
+
+def test_a_look_without_time_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = Deadline(0, 0, math.inf)
+    monkeypatch.setattr(scaler, "look_deadline", lambda *_: over)
+    assert last_line(world.run()) == (
+        "ClusterUnavailable: no time was left for reading the Deployment"
+    )
+
+
+@pytest.mark.usefixtures("one_try")
+def test_a_scale_down_by_an_old_read_in_words(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaler, "FRESH_SECONDS", -1)
+    world.cluster.scale("worker", 3)
+    assert last_line(world.run(**DOWN)) == (
+        "ClusterUnavailable: what was read is too old to remove pods by; stays at 3 pods"
+    )
+
+
+@pytest.mark.usefixtures("one_try")
+def test_a_change_while_pods_are_chosen_in_words(world: World) -> None:
+    world.cluster.scale("worker", 3)
+    marking = Match("patch", "pods")
+    world.cluster.hook(marking, lambda _: world.cluster.annotate("worker", team="a"), "after")
+    assert last_line(world.run(**DOWN)) == (
+        "ClusterUnavailable: the Deployment changed while pods were chosen; stays at 3 pods"
+    )
+
+
+@pytest.mark.usefixtures("one_try")
+def test_an_unusable_count_in_words(world: World) -> None:
+    world.queue.fault("count", CountAs(None))
+    assert last_line(world.run()) == (
+        "QueueUnavailable: Firestore returned no usable count while counting waiting jobs; stays "
+        "at 1 pod"
+    )
+
+
+def test_a_missing_configuration_in_words(world: World) -> None:
+    line = world.run(KUBECONFIG="/nowhere").stdout.partition(" ERROR AutoScaler worker ")[2]
+    assert line == (
+        "ClusterUnavailable: no usable cluster configuration: looked for a service account "
+        "(KUBERNETES_SERVICE_HOST and /var/run/secrets/kubernetes.io/serviceaccount), KUBECONFIG "
+        "and ~/.kube/config: ConfigException: no such file\n"
+    )
+
+
+def test_missing_credentials_in_words(world: World) -> None:
+    environ = {**world.environment(), "NO_GCE_CHECK": "true"}
+    del environ["FIRESTORE_EMULATOR_HOST"]
+    assert last_line(world.run_with(environ)) == (
+        "Forbidden: no usable Google credentials or project for Firestore: looked for "
+        "GOOGLE_APPLICATION_CREDENTIALS (the path of a file), gcloud's login, Workload Identity, "
+        "FIRESTORE_PROJECT (DefaultCredentialsError); stays at 1 pod; set one of them"
+    )
 
 
 def test_an_event_that_is_refused_is_a_warning_with_the_rule(world: World) -> None:
