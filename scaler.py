@@ -390,7 +390,7 @@ def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
     for name, op, value in (condition for each in alternatives for condition in each):
         if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
             yield (
-                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
+                f"{variable} matches no job: {json.dumps([name, op, value])} compares text, "
                 f"which no timestamp matches; if {name} is a timestamp, write "
                 '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
             )
@@ -2325,7 +2325,11 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
             InClusterConfigLoader(token, ca, environ=dict(environ)).load_and_set(configuration)
             own = (SERVICE_ACCOUNT / "namespace").read_text().strip()
         else:
-            files = KubeConfigMerger(environ.get("KUBECONFIG") or "~/.kube/config")
+            paths = (environ.get("KUBECONFIG") or "~/.kube/config").split(os.pathsep)
+            found = map(os.path.expanduser, paths)
+            # kubectl skips an empty file, the client library rejects it.
+            filled = (one for one in found if not os.path.isfile(one) or os.path.getsize(one))
+            files = KubeConfigMerger(os.pathsep.join(filled))
             if files.config is None:
                 raise config.ConfigException("no such file")
             named = (one.get("current-context") for one in files.config_files.values())
@@ -2847,6 +2851,9 @@ def poll(
         queue = JobQueue(settings, firestore, progress, now, log)
         look = Look(settings, Cluster(api, progress, log), queue, progress, log, now, token)
         decision = guarded(report, look.take)
+        late = progress.deadline.overslept()
+        if late and decision.exit_code:  # what failed may only have been late
+            decision = progress.abort(suspended(late), "Interrupted", INTERRUPTED)
         with report.lock:
             report.tell(decision)
             report.resting = True
@@ -2883,6 +2890,8 @@ def watch(report: Report, budget: int) -> None:
     until = report.started + budget
     number = next_signal(until)
     late = Deadline(until, 0, until).overslept()
+    if late and not number:
+        time.sleep(0.5)  # the main thread may have got what it was waiting for
     # Not given back: the main thread has nothing more to say. It may hang in its own line.
     exit_code = 128 + number if number else 1
     if report.lock.acquire(timeout=1):
@@ -2899,7 +2908,8 @@ def watch(report: Report, budget: int) -> None:
         else:
             progress = report.progress
             code = INTERRUPTED if reason else 1
-            decision = progress.abort(f"{why} while {progress.stage}", reason, code)
+            why += f" while {progress.stage}" if number or not late else ""
+            decision = progress.abort(why, reason, code)
             report.tell(decision)
             report.end()
             exit_code = exit_code if number else decision.exit_code

@@ -116,7 +116,7 @@ def kustomize(base: Path, namespace: str, patches: Patches) -> str:
 def use_image(kind: str, pod: str, image: str) -> dict[str, Any]:
     """A patch. `pod` is the path of the pod's spec."""
     operation = {"op": "replace", "path": f"{pod}/containers/0/image", "value": image}
-    return {"target": {"kind": kind, "name": "worker|jobs|queue-scaler"},
+    return {"target": {"kind": kind, "name": f"{NAME}|jobs|queue-scaler"},
             "patch": json.dumps([operation])}  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def tour(checks: Checks, here: Site) -> None:
 
 def play(checks: Checks, here: Site) -> None:
     def replicas() -> int:
-        return int(read("deployment", "worker", "-n", here.beside)["spec"]["replicas"])
+        return int(read("deployment", NAME, "-n", here.beside)["spec"]["replicas"])
 
     def seconds_until(pods: int) -> float:
         eventually(lambda: replicas() == pods, 150, f"{pods} pods")
