@@ -324,7 +324,7 @@ def last_line(run: Run) -> str:
 DOWN = {"BUSY_FILTER": BUSY, "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 @pytest.mark.parametrize(("verb", "resource", "status", "message", "expected"), REFUSED)
 def test_a_refusal_in_words(
     world: World, verb: str, resource: str, status: int, message: str, expected: str
@@ -336,7 +336,7 @@ def test_a_refusal_in_words(
     assert last_line(run) == expected, run
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 def test_a_response_without_sense_in_words(world: World) -> None:
     table = kubernetes.body(b'{"kind": "Table", "items": [], "metadata": {}}')
     world.cluster.fault(Match("list", "pods"), table, times=None)
@@ -346,7 +346,7 @@ def test_a_response_without_sense_in_words(world: World) -> None:
     )
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 def test_a_server_that_does_not_respond_in_words(world: World) -> None:
     world.cluster.stop_listening()
     line = last_line(world.run())
@@ -562,7 +562,7 @@ def test_a_wrong_collection_or_field_is_hinted_at(
 
 
 def test_the_hint_is_given_once_a_run_and_only_at_0(world: World) -> None:
-    polling = {"POLLING_INTERVAL_SECONDS": "1", "TIMEOUT_SECONDS": "3"}
+    polling = {"POLLING_INTERVAL_SECONDS": "1", "TIMEOUT_SECONDS": "2"}
     run = world.run(**polling)
     assert run.record["looks"] >= 2 and run.stdout.count("no document in") == 1, run
     world.queue.calls.clear()
