@@ -305,7 +305,8 @@ def test_a_cooldown_is_extended_and_ended_as_the_page_says(world: World) -> None
 def test_the_overlay_is_built_as_the_page_says(tmp_path: Path) -> None:
     need("kubectl")
     page, clone = DOCS / "several-deployments.md", tmp_path / "queue-scaler"
-    shutil.copytree(REPOSITORY / "examples", clone / "examples")
+    for directory in ("examples", "names"):
+        shutil.copytree(REPOSITORY / directory, clone / directory)
     for manifest in REPOSITORY.glob("*.yaml"):
         shutil.copy(manifest, clone)
     built = [c for c in commands(page) if "thumbnails" in c and "apply" not in c]
