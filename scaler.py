@@ -120,6 +120,10 @@ class Failure(Exception):
         self.transient = transient and exit_code == 1
         self.retry_after, self.read_again = retry_after, read_again
 
+    @property
+    def whole(self) -> str:
+        return f"{self}; {self.advice}" if self.advice else str(self)
+
 
 class QueueFailure(Failure):
     """The queue could not be read."""
@@ -386,7 +390,7 @@ def unmatched_times(variable: str, alternatives: Filter) -> Iterator[str]:
     for name, op, value in (condition for each in alternatives for condition in each):
         if op in INEQUALITIES and isinstance(value, str) and re.fullmatch(RFC3339, value):
             yield (
-                f'{variable} matches no job: ["{name}", "{op}", {quoted(value)}] compares text, '
+                f"{variable} matches no job: {json.dumps([name, op, value])} compares text, "
                 f"which no timestamp matches; if {name} is a timestamp, write "
                 '{"timestampValue": "now"} or {"timestampValue": ' + json.dumps(value) + "}"
             )
@@ -833,9 +837,9 @@ def parse_state(
         applied = (
             "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
         )
-        problems[name] = (
-            f"restored by a rollback: {applied}; delete it, and set it again if intended"
-        )
+        problems[name] = f"restored by a rollback: {applied}"
+        if name in (*PAUSES, PAUSED_UNTIL):
+            problems[name] += "; delete it, and set it again if intended"
     until = values.get(PAUSED_UNTIL) if PAUSED_UNTIL not in problems else None
     expired: tuple[str, ...] = ()
     if until and now >= until:
@@ -1265,20 +1269,22 @@ class Pod:
 
 @dataclass(frozen=True)
 class ReplicaSet:
-    """One that the Deployment controls, and the number of pods that it wants."""
+    """One that the Deployment controls, and the numbers of pods that it wants and has."""
 
     uid: str
     replicas: int
+    present: int = 0
 
 
 @dataclass(frozen=True)
 class Fleet:
     """The live pods of the Deployment. `unsettled` says why a scale-down could not be steered now,
-    or is empty; `removing` whether a ReplicaSet still has pods to remove, so that no deletion cost
-    may change."""
+    or is empty; `uncertain` whether there may be more pods; `removing` whether a ReplicaSet still
+    has pods to remove, so that no deletion cost may change."""
 
     pods: tuple[Pod, ...]
     unsettled: str = ""
+    uncertain: bool = False
     removing: bool = False
 
     @property
@@ -1299,20 +1305,25 @@ def make_fleet(
 
     `replicas` is the Deployment's number, `observed` whether its controller has seen the last
     change. The controller shares a scale-down among the ReplicaSets that want pods, in proportion
-    to their sizes and even if one of them has none, so that no deletion cost could steer it.
+    to their sizes and even if one of them has none, so that no deletion cost could steer it. A new
+    Deployment that is about to adopt a ReplicaSet does not control it yet.
     """
     own = {one.uid: one.replicas for one in sets}
     mine = tuple(pod for pod in live if pod.owner in own)
-    present = Counter(pod.owner for pod in mine)
+    present, there = Counter(pod.owner for pod in mine), sum(one.present for one in sets)
     removing = any(present[uid] > wanted for uid, wanted in own.items())
+    rollout = sum(wanted > 0 for wanted in own.values()) > 1
+    behind = not observed or (sum(own.values()) != replicas and not rollout)
     unsettled = ""
-    if sum(wanted > 0 for wanted in own.values()) > 1:
+    if rollout:
         unsettled = "a rollout is in progress"
-    elif not observed or sum(own.values()) != replicas:
+    elif behind:
         unsettled = "the Deployment controller has not applied the last change yet"
+    elif len(mine) < there:
+        unsettled = f"only {len(mine)} of {pods(there)} were listed"
     elif removing:
         unsettled = "the last scale-down has not finished yet"
-    return Fleet(mine, unsettled, removing or not observed)
+    return Fleet(mine, unsettled, behind or len(mine) < there, removing or not observed)
 
 
 def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None) -> Removable:
@@ -1324,6 +1335,8 @@ def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None
     without, the costs are what they are.
     """
     ranks = [(pod.rank, pod.cost) for pod in fleet.pods if pod.name in busy]
+    if fleet.uncertain and not ranks:
+        return Removable(0, f", as {fleet.unsettled}, and a pod may be busy")
     if not ranks:
         return Removable(current)
     if fleet.unsettled:
@@ -1707,8 +1720,7 @@ class JobQueue:
             groups = single(signed_union(self._settings.waiting_filter))
             asked = self._ask_all(doing, read, groups, retry=False)
         except QueueFailure as failure:
-            advice = f"; {failure.advice}" if failure.advice else ""
-            return None, f"WAITING_SINCE_FIELD={name} was not read: {failure}{advice}"
+            return None, f"WAITING_SINCE_FIELD={name} was not read: {failure.whole}"
         ages = []
         for value in (value for found in asked for value in found):
             try:
@@ -2057,7 +2069,9 @@ def parse_replica_set(item: Any, deployment: str) -> ReplicaSet | None:
     metadata = item["metadata"]
     if controller_of(metadata, "Deployment") != deployment:
         return None
-    return ReplicaSet(expect(str, metadata["uid"]), expect(int, item["spec"].get("replicas", 1)))
+    wanted = expect(int, item["spec"].get("replicas", 1))
+    present = expect(int, (item.get("status") or {}).get("replicas", 0))
+    return ReplicaSet(expect(str, metadata["uid"]), wanted, present)
 
 
 def parse_pod(item: Any) -> Pod | None:
@@ -2170,7 +2184,7 @@ class Cluster:
             if answer["kind"] != kind:  # or an empty answer would mean that no pod is busy
                 raise ValueError(f"kind is {quoted(answer['kind'])}")
             found = [one for item in answer["items"] or () if (one := parse_item(item)) is not None]
-            return found, answer["metadata"].get("continue") or ""
+            return found, (answer.get("metadata") or {}).get("continue") or ""
 
         found: list[T] = []
         page = {**query, "limit": str(PAGE)}
@@ -2311,7 +2325,11 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
             InClusterConfigLoader(token, ca, environ=dict(environ)).load_and_set(configuration)
             own = (SERVICE_ACCOUNT / "namespace").read_text().strip()
         else:
-            files = KubeConfigMerger(environ.get("KUBECONFIG") or "~/.kube/config")
+            paths = (environ.get("KUBECONFIG") or "~/.kube/config").split(os.pathsep)
+            found = map(os.path.expanduser, paths)
+            # kubectl skips an empty file, the client library rejects it.
+            filled = (one for one in found if not os.path.isfile(one) or os.path.getsize(one))
+            files = KubeConfigMerger(os.pathsep.join(filled))
             if files.config is None:
                 raise config.ConfigException("no such file")
             named = (one.get("current-context") for one in files.config_files.values())
@@ -2378,7 +2396,8 @@ class Look:
             return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
         except Failure:
             if self.progress.current is not None and self.is_own_lease():
-                with suppress(Failure):  # it expires
+                with suppress(Failure):  # or else it expires
+                    self.deployment = self.cluster.read_deployment()
                     self.cluster.patch_deployment(self.body({LEASE: None}))
             raise
 
@@ -2608,7 +2627,7 @@ class Look:
         try:
             self.cluster.post_event(self.deployment.uid, write_time(self.now), decision)
         except Failure as failure:
-            self.log.line("WARNING", f"no Event was written: {failure}")
+            self.log.line("WARNING", f"no Event was written: {failure.whole}")
         return decision
 
 
@@ -2832,6 +2851,9 @@ def poll(
         queue = JobQueue(settings, firestore, progress, now, log)
         look = Look(settings, Cluster(api, progress, log), queue, progress, log, now, token)
         decision = guarded(report, look.take)
+        late = progress.deadline.overslept()
+        if late and decision.exit_code:  # what failed may only have been late
+            decision = progress.abort(suspended(late), "Interrupted", INTERRUPTED)
         with report.lock:
             report.tell(decision)
             report.resting = True
@@ -2868,6 +2890,8 @@ def watch(report: Report, budget: int) -> None:
     until = report.started + budget
     number = next_signal(until)
     late = Deadline(until, 0, until).overslept()
+    if late and not number:
+        time.sleep(0.5)  # the main thread may have got what it was waiting for
     # Not given back: the main thread has nothing more to say. It may hang in its own line.
     exit_code = 128 + number if number else 1
     if report.lock.acquire(timeout=1):
@@ -2884,7 +2908,8 @@ def watch(report: Report, budget: int) -> None:
         else:
             progress = report.progress
             code = INTERRUPTED if reason else 1
-            decision = progress.abort(f"{why} while {progress.stage}", reason, code)
+            why += f" while {progress.stage}" if number or not late else ""
+            decision = progress.abort(why, reason, code)
             report.tell(decision)
             report.end()
             exit_code = exit_code if number else decision.exit_code

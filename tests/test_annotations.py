@@ -136,8 +136,8 @@ DROPPED, HOLDS = "not applied" + INTENDED, "the pause holds" + INTENDED
         ("paused-scale-out", "true", {"paused_scale_out"}, HOLDS),
         ("paused-until", "2027-01-01T00:00:00Z", set(), DROPPED),
         ("paused-until", "2025-01-01T00:00:00Z", set(), DROPPED),
-        ("recommendations", "1767225600:3", set(), DROPPED),
-        ("queue-failing-since", "2025-12-31T00:00:00Z", set(), DROPPED),
+        ("recommendations", "1767225600:3", set(), "not applied"),
+        ("queue-failing-since", "2025-12-31T00:00:00Z", set(), "not applied"),
     ],
 )
 def test_a_restored_value_is_not_applied(

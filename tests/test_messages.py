@@ -204,7 +204,7 @@ WARNINGS = [
      "2 busy jobs name no live pod of the Deployment, such as assignedPodId='gone' in jobs/1, and "
      "protect none; if that worker is gone, return its job to the queue"),
     (lambda: scaler.unmatched_times("WAITING_FILTER", ((("at", "<=", "2026-01-01T00:00:00Z"),),)),
-     'WAITING_FILTER matches no job: ["at", "<=", \'2026-01-01T00:00:00Z\'] compares text, which '
+     'WAITING_FILTER matches no job: ["at", "<=", "2026-01-01T00:00:00Z"] compares text, which '
      'no timestamp matches; if at is a timestamp, write {"timestampValue": "now"} or '
      '{"timestampValue": "2026-01-01T00:00:00Z"}'),
 ]

@@ -386,17 +386,17 @@ def polling_rows(python: str, servers: Servers) -> Iterator[Row]:
 
 def image_row() -> Row:
     """The image's size, where one can be built."""
-    from tests import test_image
+    from tests.support import image as images
 
-    what, goal = "what the build adds to the base image", f"≤ {test_image.RATIO:.2f}"
+    what, goal = "what the build adds to the base image", f"≤ {images.RATIO:.2f}"
     try:
-        with test_image.builder() as build:
-            test_image.build_image(build)
-            image, plain = test_image.measure(build)
-    except test_image.NoBuilder as why:
+        with images.builder() as build:
+            images.build_image(build)
+            image, plain = images.measure(build)
+    except images.NoBuilder as why:
         return Row(what, "", str(why), "", goal, None)
     mine, other = f"{image / 1e6:.1f} MB", f"plain pip install: {plain / 1e6:.1f} MB"
-    return Row(what, mine, other, f"{image / plain:.2f}", goal, image / plain <= test_image.RATIO)
+    return Row(what, mine, other, f"{image / plain:.2f}", goal, image / plain <= images.RATIO)
 
 
 def table(rows: Sequence[Row]) -> str:

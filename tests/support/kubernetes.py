@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import ipaddress
 import json
 import os
 import random
@@ -23,24 +22,21 @@ import socket
 import ssl
 import struct
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import format_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
+import trustme
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support.kubernetes_api import Access, Answer, Api, forbidden, json_answer
 from tests.support.kubernetes_controllers import Controllers, pod_status
@@ -192,33 +188,6 @@ class _Handler(BaseHTTPRequestHandler):
         os.close(self.connection.detach())
 
 
-# --- TLS -----------------------------------------------------------------------------------------
-
-
-def server_context() -> tuple[ssl.SSLContext, bytes]:
-    """With a certificate for loopback that vouches for itself, and that certificate (PEM)."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kube-apiserver")])
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    begin = datetime.now(UTC) - timedelta(days=1)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(begin + timedelta(days=30))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, bare = serialization.Encoding.PEM, serialization.NoEncryption()
-    public = certificate.public_bytes(pem)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # ssl reads keys from files alone
-        file.write(public + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, bare))
-        file.flush()
-        context.load_cert_chain(file.name)
-    return context, public
-
-
 # --- The cluster ---------------------------------------------------------------------------------
 
 
@@ -245,7 +214,10 @@ class FakeKubernetes:
         self._tls: ssl.SSLContext | None = None
         self._ca = b""
         if tls:
-            self._tls, self._ca = server_context()
+            authority = trustme.CA()
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            authority.issue_cert("127.0.0.1").configure_cert(self._tls)
+            self._ca = authority.cert_pem.bytes()
         self.scales = self.store.scales
         self.deleted_pods = self.controllers.deleted_pods  # their names, in the order of their end
         self.admin_token = self.add_token("kubernetes-admin", admin=True)
