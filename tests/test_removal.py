@@ -186,7 +186,7 @@ def test_a_rollout_is_read_from_the_replica_sets(
     if live:
         held = removable(fleet, replicas, frozenset([live[0].name]), -1)
         assert (held.pods == 0) is bool(why)
-        assert held.because == (f", as {why} with 1 pod busy" if why else held.because)
+        assert held.because == (f", as {why} and 1 pod is busy" if why else held.because)
     idle = removable(fleet, replicas, frozenset(), -1)
     if why == APPLIES:
         assert idle.pods == 0, "whose the pods are is not known yet, so that one may be busy"
