@@ -30,6 +30,7 @@ from scaler import (
     removable,
     victim_cost,
 )
+from tests.support.kubernetes_objects import DELETION_COST
 from tests.support.world import START
 
 READY, NOT_READY, PENDING, UNKNOWN = (
@@ -124,15 +125,17 @@ def test_pods_of_other_replica_sets_are_not_in_the_fleet() -> None:
 
 
 def setter(manager: str, cost: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {"f:metadata": {"f:annotations": {f"f:{scaler.DELETION_COST}": {}}}}
+    fields: dict[str, Any] = {"f:metadata": {"f:annotations": {f"f:{DELETION_COST}": {}}}}
     managed = [{"manager": "kubelet"}, {"manager": manager, "fieldsV1": fields}]
-    return pod_item(OWNED, annotations={scaler.DELETION_COST: cost}, managedFields=managed)
+    return pod_item(OWNED, annotations={DELETION_COST: cost}, managedFields=managed)
 
 
 @pytest.mark.parametrize(
     ("item", "cost", "own"),
     [
         (setter("queue-scaler", "-189388800"), -189_388_800, True),
+        (setter("queue-scaler", "-100000000"), -100_000_000, True),
+        (setter("queue-scaler", "-99999999"), -99_999_999, True),
         (setter("kubectl-annotate", "-5"), -5, False),
         (setter("queue-scaler", "2147483647"), 2**31 - 1, True),
         (setter("somebody", "1.5"), 0, False),
@@ -144,7 +147,9 @@ def test_a_deletion_cost_is_ours_if_our_field_manager_set_it(
 ) -> None:
     found = parse_pod(item)
     assert found and (found.cost, found.own_cost) == (cost, own)
-    assert bool(make_fleet(1, True, [ReplicaSet("rs", 1)], [found]).marked) is (own and cost < 0)
+    assert bool(make_fleet(1, True, [ReplicaSet("rs", 1)], [found]).marked) is (
+        own and cost <= -100_000_000
+    ), "others' costs, which a run has restored, are higher"
 
 
 # --- Rollouts, and controllers that lag behind ----------------------------------------------------
