@@ -336,7 +336,7 @@ def test_during_a_rollout_no_pod_is_removed_while_one_is_busy(
     hold(world.queue, before[1:2])
     run = world.run()
     assert (run.reason, world.replicas, live(world)) == ("WorkersBusy", 5, before), run
-    assert "a rollout is in progress with 1 pod busy" in run.record["message"], run
+    assert "a rollout is in progress and 1 pod is busy" in run.record["message"], run
     assert patched(world) == []
     finish(world.queue, before[1:2])
     run = world.run()

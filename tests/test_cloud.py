@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -19,11 +20,12 @@ from pathlib import Path
 import pytest
 
 import scaler
+from tests.support.crowd import crowd
 from tests.support.firestore import Hang
 from tests.support.google import ConnectProxy, GoogleHttp
 from tests.support.kubernetes import Match, hang
 from tests.support.needs import need
-from tests.support.world import PROJECT, Run, World
+from tests.support.world import BUSY, PROJECT, Run, World
 
 pytestmark = pytest.mark.slow
 
@@ -189,6 +191,44 @@ def test_a_list_of_kubeconfig_files_means_what_it_means_to_kubectl(
     settings = scaler.read_settings({"DEPLOYMENT": "worker", "QUEUE_COLLECTION": "jobs"})
     api = scaler.open_cluster(settings, environ)
     assert (api.client.configuration.host, api.namespace) == (server, namespace or "default")
+
+
+# ---------------------------------------------------------------------------- thousands of pods
+
+LIMIT_MEBIBYTES = 128
+# Live pods, evicted ones, and the idle ones among the live.
+CROWDS = {"5,000 live, 20 of them idle": (5_000, 0, 20), "6,000 evicted": (3, 6_000, 1)}
+
+
+@pytest.mark.parametrize(("live", "evicted", "idle"), CROWDS.values(), ids=CROWDS)
+def test_a_scale_down_among_thousands_of_pods_fits_memory_and_time(
+    world: World, live: int, evicted: int, idle: int
+) -> None:
+    world.cluster.scale("worker", 0)
+    names = crowd(world.cluster, live, evicted)
+    for name in names[idle:]:
+        world.queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
+    world.cluster.deleted_pods.clear()
+    world.now = None
+    world.settings = {"MAX_REPLICAS": "10000", "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
+    run = world.start(log=world.directory / "log", BUSY_FILTER=BUSY)
+    peak = peak_mebibytes(run)
+    stdout, _ = run.communicate()
+    assert run.returncode == 0 and "ScaledDown" in stdout, stdout
+    assert set(world.cluster.deleted_pods) == set(names[:idle])
+    assert peak <= LIMIT_MEBIBYTES, stdout
+
+
+def peak_mebibytes(run: subprocess.Popen[str]) -> float:
+    """Of a run until its end. What `wait4` reports includes the memory of this process, which
+    starts the other."""
+    peak = 0
+    while run.poll() is None:
+        status = Path(f"/proc/{run.pid}/status").read_text()
+        peak = max([peak, *map(int, re.findall(r"VmHWM:\s+(\d+) kB", status))])
+        time.sleep(0.02)
+    assert peak, "Linux has /proc"
+    return peak / 1024
 
 
 # ----------------------------------------------------------------------------- frozen processes

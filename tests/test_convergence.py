@@ -185,7 +185,7 @@ def run_twice(world: World) -> Run:
 
 
 @settings(
-    max_examples=30,
+    max_examples=15,
     deadline=None,
     phases=[Phase.generate],  # to make a case smaller would take minutes
     suppress_health_check=list(HealthCheck),

@@ -46,6 +46,9 @@ def fleet_of(*pods: Pod) -> scaler.Fleet:
     return make_fleet(len(pods), True, [ReplicaSet("rs", len(pods))], pods)
 
 
+A, B, C = pod("a"), pod("b"), pod("c")
+
+
 # --- Whose pods -----------------------------------------------------------------------------------
 
 
@@ -183,7 +186,7 @@ def test_a_rollout_is_read_from_the_replica_sets(
     if live:
         held = removable(fleet, replicas, frozenset([live[0].name]), -1)
         assert (held.pods == 0) is bool(why)
-        assert held.because == (f", as {why} with 1 pod busy" if why else held.because)
+        assert held.because == (f", as {why} and 1 pod is busy" if why else held.because)
     idle = removable(fleet, replicas, frozenset(), -1)
     if why == APPLIES:
         assert idle.pods == 0, "whose the pods are is not known yet, so that one may be busy"
@@ -191,9 +194,19 @@ def test_a_rollout_is_read_from_the_replica_sets(
         assert idle.pods == replicas, "no busy pod can be hit"
 
 
+@pytest.mark.parametrize(("listed", "why"), [(3, ""), (2, "only 2 of 3 pods were listed")])
+def test_a_list_without_some_of_the_pods_removes_nothing(listed: int, why: str) -> None:
+    """The ReplicaSet's own status says how many there are."""
+    fleet = make_fleet(3, True, [ReplicaSet("rs", 3, present=3)], [A, B, C][:listed])
+    assert fleet.unsettled == why
+    for busy in (frozenset[str](), frozenset("a")):
+        can = removable(fleet, 3, busy, -1)
+        assert can.pods == (0 if why else 3 - len(busy)), busy
+        assert why in can.because
+
+
 # --- How many can go ------------------------------------------------------------------------------
 
-A, B, C = pod("a"), pod("b"), pod("c")
 MARK = -100
 REMOVABLE: dict[str, tuple[list[Pod], set[str], int | None, int]] = {
     "all idle": ([A, B, C], set(), MARK, 3),
