@@ -730,9 +730,7 @@ def whole_second(when: datetime) -> datetime:
 def read_history(value: str) -> tuple[Recommendation, ...]:
     """The inverse of `write_history`. Raises ValueError."""
     if not re.fullmatch(r"\s*(\d{1,12}:\d{1,10}\s+)*\d{1,12}:\d{1,10}\s*", value):
-        raise ValueError(
-            "not a history such as '1767225600:3 1767225660:1': the window starts over"
-        )
+        raise ValueError("not a history such as '1767225600:3 1767225660:1'")
     pairs = (word.split(":") for word in value.split())
     return tuple((int(at), int(replicas)) for at, replicas in pairs)
 
@@ -744,7 +742,7 @@ def write_history(entries: Iterable[Recommendation]) -> str | None:
 def read_pause(value: str) -> bool:
     word = value.strip().lower()
     if word not in ("true", "t", "1", "false", "f", "0"):
-        raise ValueError("not true or false: counts as true")
+        raise ValueError("not true or false")
     return word in ("true", "t", "1")
 
 
@@ -763,7 +761,7 @@ class Lease:
 def read_lease(value: str) -> Lease:
     found = re.fullmatch(r"\s*(\S+) (-?\d{1,10}) ([0-9a-f]+)\s*", value)
     if not found:
-        raise ValueError("not a lease of a run: counts as absent")
+        raise ValueError("not a lease of a run")
     return Lease(read_time(found[1]), int(found[2]), found[3])
 
 
@@ -778,6 +776,15 @@ READERS: Mapping[str, Parser] = {
     PAUSED_REPLICAS: replica_count,
     PAUSED_SCALE_IN: read_pause,
     PAUSED_SCALE_OUT: read_pause,
+}
+# What is done about a value that cannot be read.
+UNREADABLE = dict.fromkeys(READERS, "counts as absent") | {
+    RECOMMENDATIONS: "the window starts over",
+    PAUSED_UNTIL: "nothing expires",
+    PAUSED: "counts as true",
+    PAUSED_REPLICAS: "holds the current number",
+    PAUSED_SCALE_IN: "counts as true",
+    PAUSED_SCALE_OUT: "counts as true",
 }
 
 
@@ -823,7 +830,7 @@ def parse_state(
         try:
             values[name] = READERS[name](annotations[name])
         except ValueError as error:
-            problems[name] = str(error)
+            problems[name] = f"{error}: {UNREADABLE[name]}"
     cooldowns = settings.scale_up_cooldown_seconds, settings.scale_down_cooldown_seconds
     latest = now + timedelta(seconds=max(cooldowns) + 1)  # one second for `whole_second`
     for name in (LAST_SCALE_TIME, FAILING_SINCE):
@@ -1085,9 +1092,9 @@ def recommend(settings: Settings, inputs: Inputs) -> tuple[int, str]:
     return desired, f"{queue}: {pods(desired)} wanted{bound}"
 
 
-def disabled(inputs: Inputs, up: bool, until: str = "") -> Verdict:
-    """A direction in which nothing happens."""
-    because = f", as scale-{'up' if up else 'down'} is disabled{until}"
+def disabled(inputs: Inputs, up: bool, by: str) -> Verdict:
+    """A direction in which nothing happens, and the setting or annotation that says so."""
+    because = f", as scale-{'up' if up else 'down'} is disabled ({by})"
     return Verdict(inputs.current, "ScaleUpDisabled" if up else "ScaleDownDisabled", because)
 
 
@@ -1095,7 +1102,8 @@ def paused_direction(settings: Settings, inputs: Inputs, target: int) -> Verdict
     """Rule 1, the forms that disable a direction."""
     state, up = inputs.state, target > inputs.current
     off = target != inputs.current and (state.paused_scale_out if up else state.paused_scale_in)
-    return disabled(inputs, up, state.until) if off else Verdict(target)
+    by = f"{PAUSED_SCALE_OUT if up else PAUSED_SCALE_IN}{state.until}"
+    return disabled(inputs, up, by) if off else Verdict(target)
 
 
 def stabilize(settings: Settings, inputs: Inputs, target: int) -> Verdict:
@@ -1165,7 +1173,7 @@ def limit_step(settings: Settings, inputs: Inputs, target: int) -> Verdict:
         return Verdict(target)
     size = int(limit.rstrip("%"))
     if size == 0:
-        return disabled(inputs, up)
+        return disabled(inputs, up, f"SCALE_{'UP' if up else 'DOWN'}_STEP={limit}")
     if up:
         most = math.ceil(current * (1 + size / 100)) if "%" in limit else current + size
         return Verdict(min(target, max(most, current + 1)))
@@ -1207,7 +1215,7 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
     held = Decision(current, problem.reason, stays, current, exit_code=problem.exit_code)
     held = replace(held, advice=problem.advice)
     if override(settings, inputs):
-        waits = f"; {PAUSED_REPLICAS}={state.paused_replicas} waits"
+        waits = f"; {PAUSED_REPLICAS}={state.paused_replicas} waits for the queue"
         waits = "" if state.paused_replicas is None else waits
         return replace(held, message=f"{stays}, as it is unknown which pods are busy{waits}")
     if fallback is None:
@@ -1218,7 +1226,7 @@ def without_queue(settings: Settings, inputs: Inputs, problem: QueueFailure) -> 
         held = replace(held, annotations={FAILING_SINCE: write_time(since)})
     wait = settings.fallback_after_seconds - (inputs.now - since).total_seconds()
     if wait > 0:
-        message = f"{stays}, and falls back to {fallback} in {math.ceil(wait)} s"
+        message = f"{stays}; falls back to FALLBACK_REPLICAS={fallback} in {math.ceil(wait)} s"
         return replace(held, message=message, wait=wait)
     if fallback > current:
         verdict = apply_rules((paused_direction, limit_step), settings, inputs, fallback)
@@ -1326,6 +1334,10 @@ def make_fleet(
     return Fleet(mine, unsettled, behind or len(mine) < there, removing or not observed)
 
 
+def are_busy(number: int) -> str:
+    return "1 pod is busy" if number == 1 else f"{number} pods are busy"
+
+
 def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None) -> Removable:
     """How many of `current` replicas can go so that the controllers remove idle pods only.
 
@@ -1340,7 +1352,7 @@ def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None
     if not ranks:
         return Removable(current)
     if fleet.unsettled:
-        return Removable(0, f", as {fleet.unsettled} with {pods(len(ranks))} busy")
+        return Removable(0, f", as {fleet.unsettled} and {are_busy(len(ranks))}")
     idle = [pod for pod in fleet.pods if pod.name not in busy]
     safe = sum((pod.rank, pod.cost if cost is None else cost) < min(ranks) for pod in idle)
     # Replicas without a pod go before any pod does.
@@ -1752,7 +1764,7 @@ class JobQueue:
             return ""
         where = " or ".join(f"`{path}`" for path in settings.queue_collection)
         return (
-            f"no document in {where} has the field `{names[0]}`: if the queue is not just empty, "
+            f"no document in {where} has the field `{names[0]}`: unless the queue is just empty, "
             "check QUEUE_COLLECTION and WAITING_FILTER"
         )
 
@@ -1916,9 +1928,9 @@ REQUESTS = {
 ROLE = "the Role in namespace {namespace} must allow {verb} on {resource} (rbac.yaml), and a "
 ROLE += "RoleBinding there must name this account"
 NOT_ALLOWED = {
-    "deployments": "if DEPLOYMENT={name} is spelled as in the Role, " + ROLE,
-    "replicasets": "BUSY_FILTER needs a rule that 0.2.0 did not: " + ROLE,
-    "pods": "BUSY_FILTER needs it: " + ROLE,
+    "deployments": "check that DEPLOYMENT={name} is the name in the Role: " + ROLE,
+    "replicasets": "BUSY_FILTER needs a rule that is new in 0.3.0: " + ROLE,
+    "pods": "BUSY_FILTER needs a rule: " + ROLE,
     "events": ROLE,
 }
 # What an HTTP status means: the reason, the exit code and what to do. One that is not here counts
@@ -2371,7 +2383,7 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
 
 # -------------------------------------------------------------------------------------- look
 
-FRESH_SECONDS = 10  # a scale-down rests on a read of the queue no older than this
+FRESH_SECONDS = 20  # victims are removed by a read of the queue no older than this
 
 
 class Look:
@@ -2380,7 +2392,8 @@ class Look:
 
     `token` is this run's, in the leases that it takes. `pending` are the decisions whose patch may
     or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
-    what its annotations said at the start of the attempt.
+    what its annotations said at the start of the attempt. `verified` is when, on the monotonic
+    clock, this attempt began to read the queue for the second time.
     """
 
     deployment: Deployment
@@ -2400,7 +2413,8 @@ class Look:
         self.progress, self.log, self.now, self.token = progress, log, now, token
         self.pending: list[Decision] = []
         self.warnings: list[str] = []
-        self.began = self.queue_read = time.monotonic()
+        self.began = time.monotonic()
+        self.verified: float | None = None
 
     def take(self) -> Decision:
         """Look, and again from the start if another writer came in between.
@@ -2414,13 +2428,14 @@ class Look:
             if self.progress.current is not None and self.is_own_lease():
                 with suppress(Failure):  # or else it expires
                     self.deployment = self.cluster.read_deployment()
-                    self.cluster.patch_deployment(self.body({LEASE: None}))
+                    if self.is_own_lease():
+                        self.cluster.patch_deployment(self.body({LEASE: None}))
             raise
 
     def attempt(self) -> Decision:
         progress, settings = self.progress, self.settings
         self.deployment = deployment = self.cluster.read_deployment()
-        progress.current, progress.in_doubt = deployment.replicas, False
+        progress.current, progress.in_doubt, self.verified = deployment.replicas, False, None
         for decision in self.pending:
             if was_applied(decision, deployment):
                 return self.finish(decision)
@@ -2428,7 +2443,7 @@ class Look:
         self.state = parse_state(deployment.annotations, settings, now, deployment.restored)
         self.warnings = list(self.state.warnings)
         if other := other_writer(owners, self.state.last_scale_time):
-            self.warnings.append(f"two writers: spec.replicas was last set by {other}; keep one")
+            self.warnings.append(f"two writers: spec.replicas was last set by {other}; remove one")
         own_zero = {entry.get("manager") for entry in owners} == {FIELD_MANAGER}
         inputs = Inputs(now, deployment.replicas, self.state, own_zero=own_zero)
         try:
@@ -2501,7 +2516,7 @@ class Look:
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
-        self.queue_read = time.monotonic()
+        self.verified = time.monotonic()
         busy = self.queue.busy_pods(fleet.pods)
         before = {pod.name: pod for pod in victims}
         marked = [pod for pod in fleet.pods if pod.name in before]
@@ -2616,8 +2631,9 @@ class Look:
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
             return decision
-        if decision.change < 0 and time.monotonic() - self.queue_read > FRESH_SECONDS:
-            problem = "what was read is too old to remove pods by"
+        if self.verified and time.monotonic() - self.verified > FRESH_SECONDS:
+            # As the process was suspended, for one.
+            problem = "the read of the queue is too old to remove pods by"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
         body = self.body(annotations)
         if decision.change:
@@ -2842,7 +2858,8 @@ def guarded(report: Report, action: Callable[[], T]) -> T | Decision:
         # and the record, nor the looks that follow.
         report.log.line("ERROR", traceback.format_exc())
         why = f"internal error while {progress.stage}: {type(error).__name__}: {one_line(error)}"
-        return replace(report.progress.abort(why), exit_code=1)
+        advice = "this is a bug of queue-scaler: report it with the lines above"
+        return replace(report.progress.abort(why), exit_code=1, advice=advice)
 
 
 def poll(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tenacity
 from google.cloud.firestore import Client
 from hypothesis import settings
 
@@ -53,13 +53,13 @@ def world(cluster: FakeKubernetes, queue: FakeFirestore, tmp_path: Path) -> Worl
 
 
 @pytest.fixture
-def short_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look takes a quarter of a second, retries included."""
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried again, for tests of what a failure says."""
 
-    def deadline(run_end: float, margin: float, interval: int | None) -> scaler.Deadline:
-        return scaler.Deadline(time.monotonic() + 0.25, 0.1, run_end)
+    def once(self: scaler.Deadline, flag: str, reserve: bool = False) -> tenacity.Retrying:
+        return tenacity.Retrying(stop=tenacity.stop_after_attempt(1), reraise=True)
 
-    monkeypatch.setattr(scaler, "look_deadline", deadline)
+    monkeypatch.setattr(scaler.Deadline, "retrying", once)
 
 
 @pytest.fixture(scope="session")

@@ -336,7 +336,7 @@ def test_during_a_rollout_no_pod_is_removed_while_one_is_busy(
     hold(world.queue, before[1:2])
     run = world.run()
     assert (run.reason, world.replicas, live(world)) == ("WorkersBusy", 5, before), run
-    assert "a rollout is in progress with 1 pod busy" in run.record["message"], run
+    assert "a rollout is in progress and 1 pod is busy" in run.record["message"], run
     assert patched(world) == []
     finish(world.queue, before[1:2])
     run = world.run()
@@ -469,6 +469,13 @@ def test_another_runs_lease_holds_a_scale_down(world: World) -> None:
     run = world.run()
     assert (run.reason, sorted(live(world))) == ("ScaledDown", sorted(busy)), "it has expired"
     assert LEASE not in world.cluster.annotations("worker")
+
+
+def test_the_marks_of_a_run_that_is_at_work_are_left_alone(world: World) -> None:
+    lease(world, 30)
+    mark(world, live(world)[:2])
+    world.queue.fill(5)
+    assert (world.run().reason, patched(world)) == ("AtTarget", [])
 
 
 def test_another_runs_lease_does_not_hold_a_scale_up(world: World) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -184,19 +185,27 @@ def run_twice(world: World) -> Run:
     return first
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    phases=[Phase.generate],  # to make a case smaller would take minutes
-    suppress_health_check=list(HealthCheck),
-)
-@given(CASES)
-def test_the_number_settles_and_stays(queue: FakeFirestore, tmp_path: Path, case: Case) -> None:
+@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_number_settles_and_stays(queue: FakeFirestore, tmp_path: Path, examples: int) -> None:
+    assert queue.project == PROJECT
+
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate],  # to make a case smaller would take minutes
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(CASES)
+    def settle(case: Case) -> None:
+        check(case, queue, tmp_path)
+
+    settle()
+
+
+def check(case: Case, queue: FakeFirestore, tmp_path: Path) -> None:
     with FakeKubernetes(seed=1) as cluster:
         busy = arrange(case, cluster, queue)
         variables = {"BUSY_FILTER": BUSY, **case.variables}
         world = World(cluster, queue, "worker", START, variables, tmp_path)
-        assert queue.project == PROJECT
         for fault in case.faults:
             FAULTS[fault](cluster, queue)
             world.run()

@@ -8,6 +8,7 @@ in the pages.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +37,7 @@ from scaler import (
     without_queue,
 )
 from tests.support import kubernetes
-from tests.support.firestore import Fail
+from tests.support.firestore import CountAs, Fail
 from tests.support.inputs import CALM, SETTINGS, ago, failing, history, observed
 from tests.support.kubernetes import Match
 from tests.support.world import BUSY, START, Run, World
@@ -83,10 +84,11 @@ DECISIONS = [
      "ScaleUpStabilized: 3 jobs waiting: 3 pods wanted, the maximum; stays at 1 pod for 20 s more "
      "(SCALE_UP_STABILIZATION_SECONDS=60)"),
     (replace(CALM, scale_up_step="0"), observed(1, 2),
-     "ScaleUpDisabled: 2 jobs waiting: 2 pods wanted; stays at 1 pod, as scale-up is disabled"),
+     "ScaleUpDisabled: 2 jobs waiting: 2 pods wanted; stays at 1 pod, as scale-up is disabled "
+     "(SCALE_UP_STEP=0)"),
     (CALM, observed(3, paused_scale_in="true", paused_until=UNTIL),
      "ScaleDownDisabled: 0 jobs waiting: 1 pod wanted, the minimum; stays at 3 pods, as scale-down "
-     "is disabled until 2026-01-01T01:00:00Z"),
+     "is disabled (queue-scaler/paused-scale-in until 2026-01-01T01:00:00Z)"),
     (CALM, observed(2, removable=0, because=", as removing one would hit a busy pod"),
      "WorkersBusy: 0 jobs waiting: 1 pod wanted, the minimum; stays at 2 pods, as removing one "
      "would hit a busy pod"),
@@ -101,17 +103,19 @@ UNREADABLE = [
     (SETTINGS, observed(3),
      "QueueUnavailable: no answer; stays at 3 pods; wait a little"),
     (FALLBACK, observed(3),
-     "QueueUnavailable: no answer; stays at 3 pods, and falls back to 5 in 180 s; wait a little"),
+     "QueueUnavailable: no answer; stays at 3 pods; falls back to FALLBACK_REPLICAS=5 in 180 s; "
+     "wait a little"),
     (FALLBACK, observed(3, **failing(180)),
      "Fallback: no answer; falls back to FALLBACK_REPLICAS=5; scaled up from 3 to 5 pods; wait a "
      "little"),
     (FALLBACK, observed(7, **failing(180)),
      "Fallback: no answer; falls back to FALLBACK_REPLICAS=5; stays at 7 pods; wait a little"),
     (FALLBACK, observed(3, paused_scale_out="true", **failing(180)),
-     "ScaleUpDisabled: no answer; stays at 3 pods, as scale-up is disabled; wait a little"),
+     "ScaleUpDisabled: no answer; stays at 3 pods, as scale-up is disabled "
+     "(queue-scaler/paused-scale-out); wait a little"),
     (FALLBACK, observed(3, paused_replicas="1"),
      "QueueUnavailable: no answer; stays at 3 pods, as it is unknown which pods are busy; "
-     "queue-scaler/paused-replicas=1 waits; wait a little"),
+     "queue-scaler/paused-replicas=1 waits for the queue; wait a little"),
     (SETTINGS, observed(9),
      "QueueUnavailable: no answer; stays at 9 pods, as it is unknown which pods are busy; wait a "
      "little"),
@@ -158,7 +162,7 @@ def variables(**environ: str) -> Callable[[], tuple[str, ...]]:
 WARNINGS = [
     (annotated(last_scale_time="yesterday"),
      "queue-scaler/last-scale-time='yesterday': not a time such as 2026-01-01T00:00:00Z or "
-     "1767225600"),
+     "1767225600: counts as absent"),
     (annotated(last_scale_time="2027-01-01T00:00:00Z"),
      "queue-scaler/last-scale-time='2027-01-01T00:00:00Z': further ahead than the longest "
      "cooldown: counts as absent"),
@@ -168,9 +172,11 @@ WARNINGS = [
     (annotated(paused="yes"),
      "queue-scaler/paused='yes': not true or false: counts as true"),
     (annotated(paused_replicas="lots"),
-     "queue-scaler/paused-replicas='lots': expected a whole number of pods from 0 to 2147483647"),
+     "queue-scaler/paused-replicas='lots': expected a whole number of pods from 0 to 2147483647: "
+     "holds the current number"),
     (annotated(paused_until="tomorrow"),
-     "queue-scaler/paused-until='tomorrow': not a time such as 2026-01-01T00:00:00Z or 1767225600"),
+     "queue-scaler/paused-until='tomorrow': not a time such as 2026-01-01T00:00:00Z or 1767225600: "
+     "nothing expires"),
     (annotated(scale_down_lease="mine"),
      "queue-scaler/scale-down-lease='mine': not a lease of a run: counts as absent"),
     (annotated(scale_down_lease="2026-01-01T00:02:00Z -189388800 abcd1234"),
@@ -280,23 +286,24 @@ REFUSED = [
      "Forbidden: the API server answered 401 while reading the Deployment: Unauthorized; the "
      "credentials of the scaler are missing or expired: renew them"),
     ("get", "deployments", 403, "no",
-     "Forbidden: the API server answered 403 while reading the Deployment: no; if "
-     "DEPLOYMENT=worker is spelled as in the Role, the Role in namespace default must allow get on "
-     f"deployments {ROLE}"),
+     "Forbidden: the API server answered 403 while reading the Deployment: no; check "
+     "that DEPLOYMENT=worker is the name in the Role: the Role in namespace default must allow get "
+     f"on deployments {ROLE}"),
     ("list", "replicasets", 403, "no",
      "Forbidden: the API server answered 403 while listing the ReplicaSets: no; stays at 3 pods; "
-     "BUSY_FILTER needs a rule that 0.2.0 did not: the Role in namespace default must allow list "
+     "BUSY_FILTER needs a rule that is new in 0.3.0: the Role in namespace default must allow list "
      f"on replicasets {ROLE}"),
     ("list", "pods", 403, "no",
      "Forbidden: the API server answered 403 while listing the pods: no; stays at 3 pods; "
-     f"BUSY_FILTER needs it: the Role in namespace default must allow list on pods {ROLE}"),
+     f"BUSY_FILTER needs a rule: the Role in namespace default must allow list on pods {ROLE}"),
     ("patch", "pods", 403, "no",
      "Forbidden: the API server answered 403 while setting a pod's deletion cost: no; stays at 3 "
-     f"pods; BUSY_FILTER needs it: the Role in namespace default must allow patch on pods {ROLE}"),
+     "pods; BUSY_FILTER needs a rule: "
+     f"the Role in namespace default must allow patch on pods {ROLE}"),
     ("patch", "deployments", 403, "no",
      "Forbidden: the API server answered 403 while patching the Deployment: no; stays at 3 pods; "
-     "if DEPLOYMENT=worker is spelled as in the Role, the Role in namespace default must allow "
-     f"patch on deployments {ROLE}"),
+     "check that DEPLOYMENT=worker is the name in the Role: the Role in namespace default must "
+     f"allow patch on deployments {ROLE}"),
     ("patch", "deployments", 403, DENIED,
      "Forbidden: the API server answered 403 while patching the Deployment: "
      f"{DENIED}; stays at 3 pods"),
@@ -324,7 +331,7 @@ def last_line(run: Run) -> str:
 DOWN = {"BUSY_FILTER": BUSY, "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 @pytest.mark.parametrize(("verb", "resource", "status", "message", "expected"), REFUSED)
 def test_a_refusal_in_words(
     world: World, verb: str, resource: str, status: int, message: str, expected: str
@@ -336,7 +343,7 @@ def test_a_refusal_in_words(
     assert last_line(run) == expected, run
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 def test_a_response_without_sense_in_words(world: World) -> None:
     table = kubernetes.body(b'{"kind": "Table", "items": [], "metadata": {}}')
     world.cluster.fault(Match("list", "pods"), table, times=None)
@@ -346,12 +353,76 @@ def test_a_response_without_sense_in_words(world: World) -> None:
     )
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 def test_a_server_that_does_not_respond_in_words(world: World) -> None:
     world.cluster.stop_listening()
     line = last_line(world.run())
     said = "ClusterUnavailable: the API server did not respond while reading the Deployment: "
     assert line.startswith(said) and "Connection refused" in line
+
+
+def test_credentials_that_no_request_can_carry_in_words(world: World) -> None:
+    config = world.cluster.write_kubeconfig(world.directory / "odd", token="two\nlines")
+    assert last_line(world.run(KUBECONFIG=str(config))) == (
+        "Forbidden: the credentials hold a character that no HTTP header can, such as a line end"
+    )
+
+
+def test_a_look_without_time_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = Deadline(0, 0, math.inf)
+    monkeypatch.setattr(scaler, "look_deadline", lambda *_: over)
+    assert last_line(world.run()) == (
+        "ClusterUnavailable: no time was left for reading the Deployment"
+    )
+
+
+@pytest.mark.usefixtures("one_try")
+def test_a_scale_down_by_an_old_read_in_words(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaler, "FRESH_SECONDS", -1)
+    world.cluster.scale("worker", 3)
+    assert last_line(world.run(**DOWN)) == (
+        "ClusterUnavailable: the read of the queue is too old to remove pods by; stays at 3 pods"
+    )
+
+
+@pytest.mark.usefixtures("one_try")
+def test_a_change_while_pods_are_chosen_in_words(world: World) -> None:
+    world.cluster.scale("worker", 3)
+    marking = Match("patch", "pods")
+    world.cluster.hook(marking, lambda _: world.cluster.annotate("worker", team="a"), "after")
+    assert last_line(world.run(**DOWN)) == (
+        "ClusterUnavailable: the Deployment changed while pods were chosen; stays at 3 pods"
+    )
+
+
+@pytest.mark.usefixtures("one_try")
+def test_an_unusable_count_in_words(world: World) -> None:
+    world.queue.fault("count", CountAs(None))
+    assert last_line(world.run()) == (
+        "QueueUnavailable: Firestore returned no usable count while counting waiting jobs; stays "
+        "at 1 pod"
+    )
+
+
+def test_a_missing_configuration_in_words(world: World) -> None:
+    line = world.run(KUBECONFIG="/nowhere").stdout.partition(" ERROR AutoScaler worker ")[2]
+    assert line == (
+        "ClusterUnavailable: no usable cluster configuration: looked for a service account "
+        "(KUBERNETES_SERVICE_HOST and /var/run/secrets/kubernetes.io/serviceaccount), KUBECONFIG "
+        "and ~/.kube/config: ConfigException: no such file\n"
+    )
+
+
+def test_missing_credentials_in_words(world: World) -> None:
+    environ = {**world.environment(), "NO_GCE_CHECK": "true"}
+    del environ["FIRESTORE_EMULATOR_HOST"]
+    assert last_line(world.run_with(environ)) == (
+        "Forbidden: no usable Google credentials or project for Firestore: looked for "
+        "GOOGLE_APPLICATION_CREDENTIALS (the path of a file), gcloud's login, Workload Identity, "
+        "FIRESTORE_PROJECT (DefaultCredentialsError); stays at 1 pod; set one of them"
+    )
 
 
 def test_an_event_that_is_refused_is_a_warning_with_the_rule(world: World) -> None:
@@ -409,7 +480,7 @@ def test_a_crash_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None
     world.queue.fill(1)
     assert last_line(world.run()) == (
         "QueueUnavailable: internal error while counting waiting jobs: ZeroDivisionError: made by "
-        "the test; stays at 1 pod"
+        "the test; stays at 1 pod; this is a bug of queue-scaler: report it with the lines above"
     )
 
 
@@ -468,8 +539,8 @@ RUNS: dict[str, tuple[Callable[[World], Run], list[str]]] = {
         "INFO AutoScaler default/worker ScaledDown: dry run, nothing is changed: 0 jobs waiting, 0 "
         "busy: 1 pod wanted, the minimum; scaled down from 3 to 1 pod"]),
     "another run's lease": (held_by_a_lease, [
-        "INFO AutoScaler default/worker: no document in `jobs` has the field `status`: if the "
-        "queue is not just empty, check QUEUE_COLLECTION and WAITING_FILTER",
+        "INFO AutoScaler default/worker: no document in `jobs` has the field `status`: unless "
+        "the queue is just empty, check QUEUE_COLLECTION and WAITING_FILTER",
         "INFO AutoScaler default/worker WorkersBusy: 0 jobs waiting, 0 busy: 1 pod wanted, the "
         "minimum; stays at 3 pods, as another run is removing pods until 2026-01-01T00:00:30Z"]),
     "an expired pause": (expired, [
@@ -478,7 +549,7 @@ RUNS: dict[str, tuple[Callable[[World], Run], list[str]]] = {
         "3 pods"]),
     "a rollout": (rollout, [
         "INFO AutoScaler default/worker WorkersBusy: 0 jobs waiting, 1 busy: 1 pod wanted, the "
-        "minimum; stays at 3 pods, as a rollout is in progress with 1 pod busy"]),
+        "minimum; stays at 3 pods, as a rollout is in progress and 1 pod is busy"]),
     "the wrong pod field": (wrong_pod_field, [
         "ERROR AutoScaler default/worker InvalidSettings: the busy job has no field "
         "`assignedPodId` (BUSY_POD_FIELD), so that it is unknown which pods are busy; stays at 3 "
@@ -486,7 +557,7 @@ RUNS: dict[str, tuple[Callable[[World], Run], list[str]]] = {
         "`attempt`, `status`"]),
     "two writers": (two_writers, [
         "WARNING AutoScaler default/worker: two writers: spec.replicas was last set by keda "
-        "through the scale subresource at TIME; keep one",
+        "through the scale subresource at TIME; remove one",
         "INFO AutoScaler default/worker AtTarget: 2 jobs waiting: 2 pods wanted; stays at 2 pods"]),
     "a misspelled variable": (lambda world: world.run(WAITING_FILTER="[]", MIN_REPLICA="2"), [
         "WARNING AutoScaler worker: the variable MIN_REPLICA is unknown to the scaler: did you "
@@ -562,7 +633,7 @@ def test_a_wrong_collection_or_field_is_hinted_at(
 
 
 def test_the_hint_is_given_once_a_run_and_only_at_0(world: World) -> None:
-    polling = {"POLLING_INTERVAL_SECONDS": "1", "TIMEOUT_SECONDS": "3"}
+    polling = {"POLLING_INTERVAL_SECONDS": "1", "TIMEOUT_SECONDS": "2"}
     run = world.run(**polling)
     assert run.record["looks"] >= 2 and run.stdout.count("no document in") == 1, run
     world.queue.calls.clear()

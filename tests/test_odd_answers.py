@@ -110,7 +110,7 @@ ODD_DEPLOYMENTS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 @pytest.mark.parametrize("raw", ODD_DEPLOYMENTS.values(), ids=ODD_DEPLOYMENTS)
 def test_an_unusable_deployment_changes_nothing(world: World, raw: bytes) -> None:
     world.queue.fill(5)
@@ -158,6 +158,7 @@ ODD_LISTS: dict[str, tuple[str, bytes]] = {
     "a pod without a resourceVersion": (
         "pods", listing("PodList", odd_pod(resourceVersion=None))),
     "owners that are names": ("pods", listing("PodList", odd_pod(ownerReferences=["worker"]))),
+    "no pod at all": ("pods", listing("PodList")),
     "no ReplicaSet at all": ("replicasets", listing("ReplicaSetList")),
     "another Deployment's ReplicaSet only": (
         "replicasets", listing("ReplicaSetList", odd_set(ownerReferences=[]))),
@@ -166,7 +167,7 @@ ODD_LISTS: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("short_look")
+@pytest.mark.usefixtures("one_try")
 @pytest.mark.parametrize(("resource", "raw"), ODD_LISTS.values(), ids=ODD_LISTS)
 def test_an_unusable_list_removes_nothing(world: World, resource: str, raw: bytes) -> None:
     world.cluster.scale("worker", 3)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -29,10 +29,17 @@ from tests.support.world import BUSY, REPOSITORY, START, Run, World
 README, KOREAN = REPOSITORY / "README.md", REPOSITORY / "README.ko.md"
 DOCS = REPOSITORY / "docs"
 OPERATIONS, SETTINGS = DOCS / "operations.md", DOCS / "settings.md"
-TRANSLATED = {README: KOREAN, DOCS / "troubleshooting.md": DOCS / "troubleshooting.ko.md"}
-PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
+KOREAN_OPERATIONS = DOCS / "ko" / "operations.md"  # leaves out what is not needed every day
+TRANSLATED = {README: KOREAN, DOCS / "troubleshooting.md": DOCS / "ko" / "troubleshooting.md"}
+ENGLISH = {page: english for english, page in TRANSLATED.items()} | {KOREAN_OPERATIONS: OPERATIONS}
+PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")])
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -110,21 +117,29 @@ def test_the_annotations_table_names_every_annotation() -> None:
     assert {row[0] for row in table_of(SETTINGS, scaler.LAST_SCALE_TIME)} == wanted
 
 
-def skeleton(page: Path) -> dict[str, object]:
+def skeleton(page: Path) -> dict[str, list[Any]]:
     """All parts of a page that a translation leaves as they are."""
     text, comments = prose(page), re.compile(r"(^|\s+)# .*$", re.MULTILINE)
     rows = [" ".join(row) for table in tables(page) for row in table]
+    paths = [one for one in re.findall(r"\]\(([^)#]+)", text) if not one.startswith("https://")]
+    targets = [(page.parent / path).resolve() for path in paths]
     return {
         "sections": re.findall(r"^#+", text, re.MULTILINE),
         "tables": [sorted(re.findall(r"`([^`]+)`", row)) for row in rows],
         "code": [(lang, comments.sub("", body)) for lang, body in FENCE.findall(page.read_text())],
-        "links": sorted(re.findall(r"\]\(([^)#]+)", text.replace(".ko.md", ".md"))),
+        "links": sorted(ENGLISH.get(target, target) for target in targets),
     }
 
 
-@pytest.mark.parametrize(("english", "translation"), TRANSLATED.items(), ids=lambda p: p.name)
+@pytest.mark.parametrize(("english", "translation"), TRANSLATED.items(), ids=name_of)
 def test_both_languages_differ_only_in_words(english: Path, translation: Path) -> None:
     assert skeleton(translation) == skeleton(english)
+
+
+def test_the_short_page_has_the_code_and_tables_of_the_long_one() -> None:
+    short, long = skeleton(KOREAN_OPERATIONS), skeleton(OPERATIONS)
+    assert short["tables"] == long["tables"]
+    assert short["code"] == [block for block in long["code"] if block in short["code"]]
 
 
 def test_the_readme_is_read_in_one_sitting() -> None:
@@ -158,8 +173,9 @@ def test_the_script_prints_each_quoted_line(page: Path, runs: list[Run]) -> None
             assert any(map(pattern.fullmatch, printed)), "\n".join([line, "", *printed])
 
 
-def test_each_reason_has_a_row_with_its_exit_codes(runs: list[Run]) -> None:
-    table = table_of(OPERATIONS, "ScaledUp")
+@pytest.mark.parametrize("page", [OPERATIONS, KOREAN_OPERATIONS], ids=name_of)
+def test_each_reason_has_a_row_with_its_exit_codes(page: Path, runs: list[Run]) -> None:
+    table = table_of(page, "ScaledUp")
     documented = {(reason, code) for reason, cell, _ in table for code in re.findall(r"\d+", cell)}
     assert {(run.reason, str(run.exit_code)) for run in runs} == documented
     assert {reason for reason, _ in documented} == set(get_args(scaler.Reason))
@@ -250,7 +266,7 @@ PLAYGROUND = "-n queue-scaler-playground"
 ENGLISH_COMMANDS = {
     command: None
     for page in PAGES
-    if page not in TRANSLATED.values()
+    if page not in ENGLISH
     for command in commands(page)
     if command.startswith("kubectl") and "thumbnails" not in command
 }

@@ -30,6 +30,7 @@ from scaler import (
     removable,
     victim_cost,
 )
+from tests.support.kubernetes_objects import DELETION_COST
 from tests.support.world import START
 
 READY, NOT_READY, PENDING, UNKNOWN = (
@@ -44,6 +45,9 @@ def pod(name: str = "a", owner: str = "rs", node: str = "node-a", **more: Any) -
 
 def fleet_of(*pods: Pod) -> scaler.Fleet:
     return make_fleet(len(pods), True, [ReplicaSet("rs", len(pods))], pods)
+
+
+A, B, C = pod("a"), pod("b"), pod("c")
 
 
 # --- Whose pods -----------------------------------------------------------------------------------
@@ -121,15 +125,17 @@ def test_pods_of_other_replica_sets_are_not_in_the_fleet() -> None:
 
 
 def setter(manager: str, cost: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {"f:metadata": {"f:annotations": {f"f:{scaler.DELETION_COST}": {}}}}
+    fields: dict[str, Any] = {"f:metadata": {"f:annotations": {f"f:{DELETION_COST}": {}}}}
     managed = [{"manager": "kubelet"}, {"manager": manager, "fieldsV1": fields}]
-    return pod_item(OWNED, annotations={scaler.DELETION_COST: cost}, managedFields=managed)
+    return pod_item(OWNED, annotations={DELETION_COST: cost}, managedFields=managed)
 
 
 @pytest.mark.parametrize(
     ("item", "cost", "own"),
     [
         (setter("queue-scaler", "-189388800"), -189_388_800, True),
+        (setter("queue-scaler", "-100000000"), -100_000_000, True),
+        (setter("queue-scaler", "-99999999"), -99_999_999, True),
         (setter("kubectl-annotate", "-5"), -5, False),
         (setter("queue-scaler", "2147483647"), 2**31 - 1, True),
         (setter("somebody", "1.5"), 0, False),
@@ -141,7 +147,9 @@ def test_a_deletion_cost_is_ours_if_our_field_manager_set_it(
 ) -> None:
     found = parse_pod(item)
     assert found and (found.cost, found.own_cost) == (cost, own)
-    assert bool(make_fleet(1, True, [ReplicaSet("rs", 1)], [found]).marked) is (own and cost < 0)
+    assert bool(make_fleet(1, True, [ReplicaSet("rs", 1)], [found]).marked) is (
+        own and cost <= -100_000_000
+    ), "others' costs, which a run has restored, are higher"
 
 
 # --- Rollouts, and controllers that lag behind ----------------------------------------------------
@@ -183,7 +191,7 @@ def test_a_rollout_is_read_from_the_replica_sets(
     if live:
         held = removable(fleet, replicas, frozenset([live[0].name]), -1)
         assert (held.pods == 0) is bool(why)
-        assert held.because == (f", as {why} with 1 pod busy" if why else held.because)
+        assert held.because == (f", as {why} and 1 pod is busy" if why else held.because)
     idle = removable(fleet, replicas, frozenset(), -1)
     if why == APPLIES:
         assert idle.pods == 0, "whose the pods are is not known yet, so that one may be busy"
@@ -191,9 +199,19 @@ def test_a_rollout_is_read_from_the_replica_sets(
         assert idle.pods == replicas, "no busy pod can be hit"
 
 
+@pytest.mark.parametrize(("listed", "why"), [(3, ""), (2, "only 2 of 3 pods were listed")])
+def test_a_list_without_some_of_the_pods_removes_nothing(listed: int, why: str) -> None:
+    """The ReplicaSet's own status says how many there are."""
+    fleet = make_fleet(3, True, [ReplicaSet("rs", 3, present=3)], [A, B, C][:listed])
+    assert fleet.unsettled == why
+    for busy in (frozenset[str](), frozenset("a")):
+        can = removable(fleet, 3, busy, -1)
+        assert can.pods == (0 if why else 3 - len(busy)), busy
+        assert why in can.because
+
+
 # --- How many can go ------------------------------------------------------------------------------
 
-A, B, C = pod("a"), pod("b"), pod("c")
 MARK = -100
 REMOVABLE: dict[str, tuple[list[Pod], set[str], int | None, int]] = {
     "all idle": ([A, B, C], set(), MARK, 3),

@@ -43,7 +43,7 @@ def check(world: World, run: Run) -> None:
 
 
 @pytest.fixture(autouse=True)
-def verbose(world: World, cluster: FakeKubernetes) -> None:
+def verbose(world: World, cluster: FakeKubernetes, one_try: None) -> None:
     """The most talkative run there is, with a token that is easily found."""
     cluster.admin_token = cluster.add_token("scaler", TOKEN, admin=True)
     world.settings = {"LOG_LEVEL": "DEBUG", "TIMEOUT_SECONDS": "3"}
@@ -113,7 +113,7 @@ def test_a_crash_shows_where_and_not_what(world: World, monkeypatch: pytest.Monk
     check(world, run)
 
 
-# ------------------------------------------------------------- tokens and kubeconfigs gone wrong
+# ------------------------------------------------------------ damaged tokens and kubeconfigs
 
 ODD_TOKENS = {
     "with a line end": f"{TOKEN}\n",
@@ -142,7 +142,7 @@ ODD_KUBECONFIGS: dict[str, Callable[[str], str]] = {
     "with a directive": lambda text: f"%{TOKEN}\n{text}",
     "with a list for a token": lambda text: text.replace(TOKEN, f"[{TOKEN}]"),
     "with the user's name wrong": lambda text: text.replace("name: fake", "name: other"),
-    "cut in the middle": lambda text: text[: text.index(TOKEN) + 30],
+    "truncated": lambda text: text[: text.index(TOKEN) + 30],
     "that is the token only": lambda _: TOKEN,
     "with a key that is no base64": lambda text: text.replace(
         "token: ",
@@ -152,7 +152,7 @@ ODD_KUBECONFIGS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("spoil", ODD_KUBECONFIGS.values(), ids=ODD_KUBECONFIGS)
-def test_a_spoilt_kubeconfig(world: World, spoil: Callable[[str], str]) -> None:
+def test_a_damaged_kubeconfig(world: World, spoil: Callable[[str], str]) -> None:
     run_with(world, spoil(yaml.safe_dump(kubeconfig(world))))
 
 
@@ -218,9 +218,9 @@ def account(**changes: str) -> str:
 ODD_CREDENTIALS: dict[str, str] = {
     "are good, but lead nowhere": account(),
     "are a user's": json.dumps(AUTHORIZED_USER),
-    "are cut": account()[:-700],
+    "are truncated": account()[:-700],
     "are the key only": PEM,
-    "have a spoilt key": account(private_key=PEM[:-200]),
+    "have a damaged key": account(private_key=PEM[:-200]),
     "have a key without line ends": account(private_key=PEM.replace("\n", " ")),
     "are of a type that is none": account(type=PEM),
     "have the key for an address": account(client_email=PEM),
