@@ -112,7 +112,7 @@ def test_a_queue_that_hangs_costs_one_look(polling: World) -> None:
 @pytest.mark.slow
 def test_two_concurrent_polling_runs_scale_once(polling: World) -> None:
     polling.queue.fill(3)
-    polling.settings["TIMEOUT_SECONDS"] = "8"
+    polling.settings = {"POLLING_INTERVAL_SECONDS": "3", "TIMEOUT_SECONDS": "8"}
     logs = [polling.directory / f"log-{number}" for number in range(2)]
     runs = [polling.start(log=log) for log in logs]
     for log, run in zip(logs, runs, strict=True):
