@@ -2383,7 +2383,7 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
 
 # -------------------------------------------------------------------------------------- look
 
-FRESH_SECONDS = 10  # a scale-down rests on a read of the queue no older than this
+FRESH_SECONDS = 20  # victims are removed by a read of the queue no older than this
 
 
 class Look:
@@ -2392,7 +2392,8 @@ class Look:
 
     `token` is this run's, in the leases that it takes. `pending` are the decisions whose patch may
     or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
-    what its annotations said at the start of the attempt.
+    what its annotations said at the start of the attempt. `verified` is when, on the monotonic
+    clock, this attempt began to read the queue for the second time.
     """
 
     deployment: Deployment
@@ -2412,7 +2413,8 @@ class Look:
         self.progress, self.log, self.now, self.token = progress, log, now, token
         self.pending: list[Decision] = []
         self.warnings: list[str] = []
-        self.began = self.queue_read = time.monotonic()
+        self.began = time.monotonic()
+        self.verified: float | None = None
 
     def take(self) -> Decision:
         """Look, and again from the start if another writer came in between.
@@ -2426,13 +2428,14 @@ class Look:
             if self.progress.current is not None and self.is_own_lease():
                 with suppress(Failure):  # or else it expires
                     self.deployment = self.cluster.read_deployment()
-                    self.cluster.patch_deployment(self.body({LEASE: None}))
+                    if self.is_own_lease():
+                        self.cluster.patch_deployment(self.body({LEASE: None}))
             raise
 
     def attempt(self) -> Decision:
         progress, settings = self.progress, self.settings
         self.deployment = deployment = self.cluster.read_deployment()
-        progress.current, progress.in_doubt = deployment.replicas, False
+        progress.current, progress.in_doubt, self.verified = deployment.replicas, False, None
         for decision in self.pending:
             if was_applied(decision, deployment):
                 return self.finish(decision)
@@ -2513,7 +2516,7 @@ class Look:
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
-        self.queue_read = time.monotonic()
+        self.verified = time.monotonic()
         busy = self.queue.busy_pods(fleet.pods)
         before = {pod.name: pod for pod in victims}
         marked = [pod for pod in fleet.pods if pod.name in before]
@@ -2628,8 +2631,9 @@ class Look:
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
             return decision
-        if decision.change < 0 and time.monotonic() - self.queue_read > FRESH_SECONDS:
-            problem = "what was read is too old to remove pods by"
+        if self.verified and time.monotonic() - self.verified > FRESH_SECONDS:
+            # As the process was suspended, for one.
+            problem = "the read of the queue is too old to remove pods by"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
         body = self.body(annotations)
         if decision.change:

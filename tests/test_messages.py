@@ -383,7 +383,7 @@ def test_a_scale_down_by_an_old_read_in_words(
     monkeypatch.setattr(scaler, "FRESH_SECONDS", -1)
     world.cluster.scale("worker", 3)
     assert last_line(world.run(**DOWN)) == (
-        "ClusterUnavailable: what was read is too old to remove pods by; stays at 3 pods"
+        "ClusterUnavailable: the read of the queue is too old to remove pods by; stays at 3 pods"
     )
 
 

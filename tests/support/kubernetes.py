@@ -35,7 +35,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
-import trustme
 import yaml
 
 from tests.support.kubernetes_api import Access, Answer, Api, forbidden, json_answer
@@ -214,6 +213,8 @@ class FakeKubernetes:
         self._tls: ssl.SSLContext | None = None
         self._ca = b""
         if tls:
+            import trustme  # not at hand in `make demo`, which needs no certificate
+
             authority = trustme.CA()
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             authority.issue_cert("127.0.0.1").configure_cert(self._tls)
