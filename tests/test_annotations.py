@@ -126,7 +126,7 @@ DROPPED, HOLDS = "not applied" + INTENDED, "the pause holds" + INTENDED
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "paused", "told"),
+    ("name", "value", "paused", "said"),
     [
         ("paused", "true", {"paused"}, HOLDS),
         ("paused", "false", set(), DROPPED),
@@ -141,12 +141,12 @@ DROPPED, HOLDS = "not applied" + INTENDED, "the pause holds" + INTENDED
     ],
 )
 def test_a_restored_value_is_not_applied(
-    name: str, value: str, paused: set[str], told: str
+    name: str, value: str, paused: set[str], said: str
 ) -> None:
     name = ANNOTATION + name
     state = parse_state({name: value, "team": "renders"}, SETTINGS, START, frozenset((name,)))
     [warning] = state.warnings
-    assert warning == f"{name}={value!r}: restored by a rollback: {told}"
+    assert warning == f"{name}={value!r}: restored by a rollback: {said}"
     assert state == State(warnings=(warning,), **dict.fromkeys(paused, True))  # type: ignore[arg-type]
 
 

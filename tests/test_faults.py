@@ -373,7 +373,7 @@ def strike_queue(scene: Scene, on: On, fault: str, times: int | None) -> None:
 # ------------------------------------------------------------------------- what has to be true
 
 
-def told(run: Run) -> str:
+def last_line(run: Run) -> str:
     """The last line of the log, which has to say what the record says."""
     record, line = run.record, run.stdout.splitlines()[-1]
     target = "/".join(filter(None, (record["namespace"], record["deployment"])))
@@ -385,7 +385,7 @@ def told(run: Run) -> str:
 def check(scene: Scene, run: Run, ending: str, budget_seconds: float) -> None:
     """What every ending has in common."""
     record, replicas, scales = run.record, scene.replicas, scene.cluster.scales
-    told(run)
+    last_line(run)
     assert "Traceback" not in run.stdout, run
     assert scene.cluster.admin_token not in run.stdout + json.dumps(record), "a token was written"
     assert run.seconds <= budget_seconds + 2, run
@@ -446,7 +446,7 @@ def check_next_run(scene: Scene) -> None:
     scene.process = False
     scene.pass_time()
     run = scene.run(TIMEOUT_SECONDS=str(LONG_SECONDS))
-    told(run)
+    last_line(run)
     assert run.exit_code == 0, run
     assert (scene.replicas, run.record["replicas"]) == (scene.after, scene.after), run
     assert len(scene.cluster.scales) == 1, run
@@ -488,7 +488,7 @@ def test_a_lost_answer_and_then_another_writer_leave_one_rescale_of_ours() -> No
         scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
         scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 2), "after")
         run = scene.run()
-        told(run)
+        last_line(run)
         assert run.reason == "ScaleUpCooldown", run
         assert (run.record["replicas"], scene.replicas) == (2, 2), run
         assert [scale.manager for scale in scene.cluster.scales] == ["queue-scaler", "kubectl"]
@@ -537,7 +537,7 @@ def test_a_stream_that_breaks_after_some_documents_is_not_taken_for_the_whole() 
             times=1,
         )
         run = scene.run(TIMEOUT_SECONDS=str(SHORT_SECONDS))
-        told(run)
+        last_line(run)
         assert scene.replicas == 3, run
         assert run.reason in ("WorkersBusy", "QueueUnavailable"), run
 
@@ -565,7 +565,7 @@ def test_sigterm_ends_a_run_immediately_and_is_no_error(call: Call) -> None:
     with call.world(process=True) as scene:
         strike(scene, call, "never answers")
         run = terminate(scene, call)
-        line = told(run)
+        line = last_line(run)
         assert run.exit_code == 143 and run.seconds < 2, run
         assert " INFO AutoScaler" in line, run
         if call is EVENT:
@@ -589,7 +589,7 @@ def test_sigint_ends_a_run_as_sigterm_does() -> None:
     with scaling_up(process=True) as scene:
         strike(scene, READ, "never answers")
         run = terminate(scene, READ, by=signal.SIGINT)
-        assert run.exit_code == 130 and "SIGINT while reading the Deployment" in told(run)
+        assert run.exit_code == 130 and "SIGINT while reading the Deployment" in last_line(run)
 
 
 @pytest.mark.slow
@@ -598,7 +598,7 @@ def test_sigterm_after_a_patch_whose_answer_was_lost_claims_nothing() -> None:
         scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
         scene.cluster.fault(GET, kubernetes.hang(), nth=2)
         run = terminate(scene, READ, times=2)
-        assert run.exit_code == 143 and "not known" in told(run), run
+        assert run.exit_code == 143 and "not known" in last_line(run), run
         assert (run.record["action"], run.record["replicas"]) == ("none", None), run
 
 
@@ -613,7 +613,9 @@ def test_a_login_helper_that_hangs_is_ended_by_the_budget() -> None:
         path.write_text(yaml.safe_dump(kubeconfig))
         run = scene.run(KUBECONFIG=str(path))
         assert run.exit_code == 1 and run.seconds <= 4, run
-        assert "out of time (TIMEOUT_SECONDS=2) while loading the Kubernetes client" in told(run)
+        assert "out of time (TIMEOUT_SECONDS=2) while loading the Kubernetes client" in last_line(
+            run
+        )
 
 
 def crash(*_: object, **__: object) -> None:
@@ -638,7 +640,7 @@ def test_a_crash_before_the_patch_changes_nothing(
     with scaling_down() as scene:
         run = scene.run()
         assert run.exit_code == 1, run
-        assert "Traceback" in run.stdout and "internal error" in told(run), run
+        assert "Traceback" in run.stdout and "internal error" in last_line(run), run
         assert "ZeroDivisionError: made by the test" in run.record["message"], run
         assert (run.record["action"], scene.replicas) == ("none", 3), run
         assert scene.cluster.scales == []
@@ -663,7 +665,7 @@ def test_a_module_that_cannot_be_imported_is_a_crash_like_any_other() -> None:
     with scaling_up(process=True) as scene:
         (scene.directory / "tenacity.py").write_text("raise RuntimeError('half installed')")
         run = scene.run(PYTHONPATH=str(scene.directory))
-        assert run.exit_code == 1 and "half installed" in told(run), run
+        assert run.exit_code == 1 and "half installed" in last_line(run), run
         assert scene.replicas == 1
 
 
@@ -689,7 +691,7 @@ def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | No
     ends = []
     for _ in range(minutes):
         run = scene.run()
-        told(run)
+        last_line(run)
         ends.append((run.exit_code, run.reason, scene.replicas))
         scene.pass_time()
     return ends

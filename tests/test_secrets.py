@@ -78,7 +78,7 @@ def test_a_run_that_scales(world: World, log_format: str) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_an_answer_that_repeats_the_request_headers(world: World, status: int) -> None:
+def test_a_response_that_repeats_the_request_headers(world: World, status: int) -> None:
     """As the error pages of some proxies do, for debugging."""
     echo = f"your request: GET / HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nHost: cluster"
     for text in (echo, echo.upper(), json.dumps({"headers": {"authorization": f"Bearer {TOKEN}"}})):
@@ -187,7 +187,7 @@ HELPERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", HELPERS.values(), ids=HELPERS)
-def test_a_login_helper_that(world: World, script: str) -> None:
+def test_no_secret_of_a_login_helper_is_written(world: World, script: str) -> None:
     world.process = True  # what the helper prints goes to the process's own standard error
     helper: dict[str, Any] = {"apiVersion": VERSION, "command": "sh", "args": ["-c", script]}
     password = {"name": "HELPER_PASSWORD", "value": PASSWORD}
@@ -230,7 +230,9 @@ ODD_CREDENTIALS: dict[str, str] = {
 
 @pytest.mark.parametrize("in_place_of_the_path", [False, True])
 @pytest.mark.parametrize("content", ODD_CREDENTIALS.values(), ids=ODD_CREDENTIALS)
-def test_credentials_that(world: World, content: str, in_place_of_the_path: bool) -> None:
+def test_no_secret_in_google_credentials_is_written(
+    world: World, content: str, in_place_of_the_path: bool
+) -> None:
     path = world.directory / "credentials.json"
     path.write_text(content)
     given = content if in_place_of_the_path else str(path)
