@@ -2561,7 +2561,14 @@ class Look:
         if queue is not None:
             queue = replace(queue, busy=max(queue.busy or 0, busy.jobs))
         can = replace(can, pods=min(can.pods, limit))
-        return decide(self.settings, replace(inputs, queue=queue, removable=can))
+        decision = decide(self.settings, replace(inputs, queue=queue, removable=can))
+        hit = len(busy.names) - (decision.replicas or 0)
+        if decision.reason == "Paused" and hit > 0:
+            removed = "1 busy pod is" if hit == 1 else f"{hit} busy pods are"
+            decision = replace(
+                decision, message=f"{decision.message}; {removed} among those removed"
+            )
+        return decision
 
     # One run at a time sets deletion costs and scales down: whoever has written the lease. Safety
     # does not rest on its time. The resourceVersion of each patch lets only the run scale that

@@ -400,6 +400,9 @@ def test_paused_replicas_is_met_exactly_and_idle_pods_go_first(
     run = world.run()
     assert (run.reason, world.replicas, len(live(world))) == ("Paused", replicas, replicas), run
     assert len(set(busy) - set(live(world))) == killed, run
+    said = {0: "", 1: "; 1 busy pod is among those removed"}
+    end = said.get(killed, f"; {killed} busy pods are among those removed")
+    assert run.record["message"].endswith(f"from 5 to {scaler.pods(replicas)}{end}"), run
 
 
 def test_a_dry_run_marks_nothing(world: World) -> None:
