@@ -69,8 +69,10 @@ DECISIONS = [
      "AtTarget: 1 job waiting, 1 busy: 2 pods wanted; stays at 2 pods"),
     (SETTINGS, replace(observed(1), queue=QueueLength(1000, capped=True)),
      "ScaledUp: 1000 or more jobs waiting: 3 pods wanted, the maximum; scaled up from 1 to 3 pods"),
-    (SETTINGS, replace(observed(1), queue=QueueLength(1, oldest_seconds=725)),
-     "AtTarget: 1 job waiting for 12 min: 1 pod wanted, the minimum; stays at 1 pod"),
+    (SETTINGS, replace(observed(1), queue=QueueLength(1, oldest_seconds=120)),
+     "AtTarget: 1 job waiting for 2 min: 1 pod wanted, the minimum; stays at 1 pod"),
+    (SETTINGS, replace(observed(2), queue=QueueLength(2, oldest_seconds=119.9)),
+     "AtTarget: 2 jobs waiting, the oldest for 119 s: 2 pods wanted; stays at 2 pods"),
     (SETTINGS, replace(observed(3), queue=QueueLength(5, busy=2, oldest_seconds=7200)),
      "AtTarget: 5 jobs waiting, the oldest for 2 h, 2 busy: 3 pods wanted, the maximum; stays at 3 "
      "pods"),
