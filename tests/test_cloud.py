@@ -217,6 +217,37 @@ def test_a_scale_down_among_thousands_of_pods_fits_memory_and_time(
     assert run.returncode == 0 and "ScaledDown" in stdout, stdout
     assert set(world.cluster.deleted_pods) == set(names[:idle])
     assert peak <= LIMIT_MEBIBYTES, stdout
+    pages = [request for request in world.cluster.requests if Match("list", "pods")(request)]
+    assert len(pages) == 2 * -(-live // 500), "the server leaves out the evicted ones"
+
+
+class AtOnce:
+    """Takes a twentieth of a second, and counts how many do so at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, _: object) -> None:
+        for change in (1, -1):
+            with self._lock:
+                self.now += change
+                self.most = max(self.most, self.now)
+            time.sleep(0.05 if change > 0 else 0)
+
+
+def test_queries_and_patches_of_pods_are_sent_several_at_a_time(world: World) -> None:
+    world.cluster.scale("worker", 600)
+    names = [str(pod["metadata"]["name"]) for pod in world.cluster.pods("worker")]
+    for name in names[20:]:
+        world.queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
+    counts, patches = AtOnce(), AtOnce()
+    world.queue.hook("count", counts)
+    world.cluster.hook(Match("patch", "pods"), patches, times=None)
+    world.settings = {"MAX_REPLICAS": "1000", "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
+    run = world.run(BUSY_FILTER=BUSY)
+    assert (run.reason, world.replicas) == ("ScaledDown", 580), run
+    assert counts.most == patches.most == scaler.CONCURRENT_CALLS
 
 
 def peak_mebibytes(run: subprocess.Popen[str]) -> float:
