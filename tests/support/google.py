@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-ACCOUNT = "/computeMetadata/v1/instance/service-accounts/default/"
+ACCOUNTS = "/computeMetadata/v1/instance/service-accounts/"
+EMAIL = "scaler@demo.iam.gserviceaccount.com"
 TOKEN = {"access_token": "a-token", "expires_in": 3599, "token_type": "Bearer"}
 ISSUED = {**TOKEN, "issued_token_type": "urn:ietf:params:oauth:token-type:access_token"}
 
@@ -30,18 +31,22 @@ ISSUED = {**TOKEN, "issued_token_type": "urn:ietf:params:oauth:token-type:access
 class GoogleHttp:
     """A metadata server, as a pod on GKE has it, and a token service (STS), at one port.
 
-    It refuses connections until `listen`. `paths` are the requests that came in.
+    It refuses connections until `listen`, and tokens while `denies` is set. `paths` are the
+    requests that came in.
     """
 
     def __init__(self, project: str) -> None:
         self.paths: list[str] = []
-        answers: Mapping[str, object] = {
+        self.denies = threading.Event()
+        denies = self.denies
+        answers: dict[str, object] = {
             "/": "",
             "/computeMetadata/v1/project/project-id": project,
-            ACCOUNT: {"email": "scaler@demo.iam.gserviceaccount.com", "aliases": ["default"]},
-            f"{ACCOUNT}token": TOKEN,
             "/v1/token": ISSUED,
         }
+        for name in ("default", EMAIL):
+            account = {"email": EMAIL, "aliases": ["default"]}
+            answers |= {f"{ACCOUNTS}{name}/": account, f"{ACCOUNTS}{name}/token": TOKEN}
         paths = self.paths
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,7 +54,8 @@ class GoogleHttp:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 path = self.path.partition("?")[0]
                 paths.append(path)
-                found = answers.get(path)
+                denied = denies.is_set() and path.endswith("/token")
+                found = None if denied else answers.get(path)
                 raw = found if isinstance(found, str) else json.dumps(found)
                 self.send_response(404 if found is None else 200)
                 self.send_header("Metadata-Flavor", "Google")
@@ -126,7 +132,7 @@ class ConnectProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with suppress(OSError, asyncio.IncompleteReadError):
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 head = await reader.readuntil(b"\r\n\r\n")
                 host = head.split()[1].decode().partition(":")[0]
                 self.asked.append(host)
