@@ -343,7 +343,7 @@ def test_sigterm_ends_a_run_that_was_frozen(process: World) -> None:
     run.send_signal(signal.SIGTERM)
     stdout, seconds = thaw(run)
     assert (run.returncode, seconds < 2) == (143, True), stdout
-    assert "ended by SIGTERM" in json.loads(log.read_text())["message"]
+    assert json.loads(log.read_text())["reason"] == "Interrupted", "by the signal, or by its end"
 
 
 def test_a_polling_run_frozen_between_two_looks_reports_its_last(process: World) -> None:
