@@ -76,6 +76,18 @@ def test_a_metadata_server_that_is_late_is_waited_for(cloud: Cloud, given: bool)
     assert 9 < run.seconds < 20 and "firestore.googleapis.com" in cloud.proxy.asked, run
 
 
+def test_a_token_that_is_late_is_waited_for(cloud: Cloud) -> None:
+    """The metadata server is up before it knows the account, as with a new Workload Identity."""
+    cloud.google.denies.set()
+    cloud.google.listen()
+    timer = threading.Timer(8, cloud.google.denies.clear)
+    timer.start()
+    run = cloud.run(**cloud.google.environment())
+    timer.join()
+    assert (run.exit_code, run.reason, cloud.world.replicas) == (0, "ScaledUp", 2), run
+    assert 7 < run.seconds < 18, run
+
+
 @pytest.mark.parametrize("sign", ["GCE_METADATA_*", "KUBERNETES_SERVICE_HOST"])
 def test_without_a_metadata_server_a_run_ends_within_its_budget(cloud: Cloud, sign: str) -> None:
     environ = cloud.google.environment()
@@ -331,7 +343,7 @@ def test_sigterm_ends_a_run_that_was_frozen(process: World) -> None:
     run.send_signal(signal.SIGTERM)
     stdout, seconds = thaw(run)
     assert (run.returncode, seconds < 2) == (143, True), stdout
-    assert "ended by SIGTERM" in json.loads(log.read_text())["message"]
+    assert json.loads(log.read_text())["reason"] == "Interrupted", "by the signal, or by its end"
 
 
 def test_a_polling_run_frozen_between_two_looks_reports_its_last(process: World) -> None:
