@@ -768,7 +768,7 @@ READERS: Mapping[str, Parser] = {
     LEASE: read_lease,
     PAUSED_UNTIL: read_time,
     PAUSED: read_pause,
-    PAUSED_REPLICAS: replica_count,
+    PAUSED_REPLICAS: lambda value: replica_count(value.strip()),
     PAUSED_SCALE_IN: read_pause,
     PAUSED_SCALE_OUT: read_pause,
 }
@@ -839,9 +839,9 @@ def parse_state(
         applied = (
             "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
         )
-        problems[name] = f"restored by a rollback: {applied}"
+        problems[name] = f"may have been restored by a rollback: {applied}"
         if name in (*PAUSES, PAUSED_UNTIL):
-            problems[name] += "; delete it, and set it again if intended"
+            problems[name] += "; delete it, and set it again with kubectl annotate if intended"
     until = values.get(PAUSED_UNTIL) if PAUSED_UNTIL not in problems else None
     expired: tuple[str, ...] = ()
     if until and now >= until:
@@ -1190,9 +1190,9 @@ def cool_down(settings: Settings, inputs: Inputs, target: int) -> Verdict:
     """Rule 8: a scale-up waits after a scale-up, a scale-down after any rescale. If the direction
     of the last one is unknown, both wait."""
     last, up = inputs.state.last_scale_time, target > inputs.current
-    if last is None or (up and inputs.state.last_scale == "down"):
-        return Verdict(target)
     cooldown = settings.scale_up_cooldown_seconds if up else settings.scale_down_cooldown_seconds
+    if last is None or not cooldown or (up and inputs.state.last_scale == "down"):
+        return Verdict(target)
     wait = cooldown - (inputs.now - last).total_seconds()
     if wait <= 0:
         return Verdict(target)
@@ -1257,7 +1257,8 @@ class Pod:
 
     `version` is its resourceVersion, `owner` its ReplicaSet's UID. `rank` sorts pods as the
     ReplicaSet controller does before it looks at deletion costs: the lowest goes first.
-    `own_cost`: the deletion cost was set by a run of this scaler.
+    `own_cost`: the deletion cost was set by a run of this scaler. `addresses`: its IP addresses and
+    its host name, if the template sets one.
     """
 
     name: str
@@ -1268,6 +1269,7 @@ class Pod:
     rank: tuple[bool, int, bool]
     cost: int = 0
     own_cost: bool = False
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -1356,16 +1358,17 @@ def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None
 
 
 def choose_victims(live: Sequence[Pod], busy: Iterable[str], count: int) -> list[Pod]:
-    """The idle pods to remove: first those that the ReplicaSet controller removes first whatever
-    they cost, then those on the nodes with the fewest busy pods and, of these, with the fewest
-    pods to remove, so that whole nodes become free."""
+    """The idle pods to remove: first those that the ReplicaSet controller removes first, by their
+    rank and by a deletion cost that somebody else has set, then those on the nodes with the fewest
+    busy pods and, of these, with the fewest pods to remove, so that whole nodes become free."""
     held = set(busy)
     busy_on = Counter(pod.node for pod in live if pod.name in held)
     idle = [pod for pod in live if pod.name not in held]
     idle_on = Counter(pod.node for pod in idle)
 
     def order(pod: Pod) -> tuple[Any, ...]:
-        return pod.rank, busy_on[pod.node], idle_on[pod.node], pod.node, pod.name
+        cost = 0 if pod.own_cost else pod.cost
+        return pod.rank, cost, busy_on[pod.node], idle_on[pod.node], pod.node, pod.name
 
     return sorted(idle, key=order)[: max(0, count)]
 
@@ -1399,10 +1402,12 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
     """
     exact = {pod.name for pod in live}
     forms = {form.lower(): pod.name for pod in live for form in (pod.name, pod.uid)}
-    # A worker with hostNetwork stores its node's name; which of the node's pods it is, is unknown.
-    nodes: dict[str, set[str]] = {}
-    for pod in (pod for pod in live if pod.node):
-        nodes.setdefault(pod.node.lower(), set()).add(pod.name)
+    # What several pods may share, such as the node's name, which a worker with hostNetwork stores:
+    # which of them it is, is unknown.
+    places: dict[str, set[str]] = {}
+    for pod in live:
+        for place in filter(None, (pod.node, *pod.addresses)):
+            places.setdefault(place.lower(), set()).add(pod.name)
     busy: set[str] = set()
     count = 0
     odd: list[str] = []
@@ -1411,7 +1416,7 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         shown = f"{quoted(getattr(value, 'path', value))} in {path}"
         if isinstance(value, str) and value in exact:
             found = {value}
-        elif found := set().union(*(recognize(text, forms, nodes) for text in texts(value))):
+        elif found := set().union(*(recognize(text, forms, places) for text in texts(value))):
             odd.append(f"{shown} counts as {', '.join(sorted(found))}")
         else:
             unknown.append(shown)
@@ -1438,7 +1443,7 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
 def texts(value: object) -> Iterator[str]:
     """All text inside a field's value."""
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value.keys(), *value.values()]  # a set is a map of its members
     if isinstance(value, list | tuple):
         for one in value:
             yield from texts(one)
@@ -1447,12 +1452,12 @@ def texts(value: object) -> Iterator[str]:
         yield str(path).strip().lower()
 
 
-def recognize(text: str, forms: Mapping[str, str], nodes: Mapping[str, set[str]]) -> set[str]:
+def recognize(text: str, forms: Mapping[str, str], places: Mapping[str, set[str]]) -> set[str]:
     """The pods that a text names: as a whole, or as a part of it, such as in `namespace/pod` or a
     host name with its domain."""
     if text in forms:
         return {forms[text]}
-    return nodes.get(text) or {name for form, name in forms.items() if form in text}
+    return places.get(text) or {name for form, name in forms.items() if form in text}
 
 
 # ---------------------------------------------------------------------------------- deadline
@@ -1543,6 +1548,11 @@ INTERRUPTED = 128 + signal.SIGTERM
 
 def suspended(late: float) -> str:
     return f"the process was suspended until {late:.0f} s past its time; the next run looks again"
+
+
+def sleep(seconds: float) -> None:
+    """time.sleep, except under a clock that a test moves."""
+    threading.Event().wait(seconds)
 
 
 def concurrently(action: Callable[[T], U], items: Sequence[T]) -> list[U]:
@@ -1695,7 +1705,9 @@ class JobQueue:
         def count(doing: str, signed: Sequence[tuple[int, Question]]) -> tuple[int, bool]:
             signs = [sign for sign, _ in signed] * len(settings.queue_collection)
             counts = self._ask_all(doing, read, [question for _, question in signed])
-            total = sum(sign * number for sign, number in zip(signs, counts, strict=True))
+            parts = [sign * number for sign, number in zip(signs, counts, strict=True)]
+            # Jobs that come and go between the queries: a union is no smaller than a part of it.
+            total = max(0, sum(parts), *parts)
             capped = any(number >= limit for number in counts)
             return (max(total, limit) if capped else total), capped
 
@@ -1911,6 +1923,7 @@ def waiting_since(value: object) -> datetime:
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PAGE = 500
+OBSERVE_SECONDS = 0.3
 # All requests of this script: method, resource, and the verb that a Role has for it.
 REQUESTS = {
     "reading the Deployment": ("GET", "deployments", "get"),
@@ -2111,6 +2124,8 @@ def parse_pod(item: Any) -> Pod | None:
         for entry in metadata.get("managedFields") or ()
         if f"f:{DELETION_COST}" in owned(entry, "f:metadata", "f:annotations")
     ]
+    addresses = [one.get("ip") for one in status.get("podIPs") or ()]
+    addresses += [status.get("podIP"), item["spec"].get("hostname")]
     return Pod(
         name=expect(str, metadata["name"]),
         uid=expect(str, metadata["uid"]),
@@ -2121,6 +2136,7 @@ def parse_pod(item: Any) -> Pod | None:
         # The controller takes an unreadable cost for 0.
         cost=int(cost) if re.fullmatch(r"-?[0-9]{1,10}", cost) else 0,
         own_cost=FIELD_MANAGER in setters,
+        addresses=tuple(str(address) for address in addresses if address),
     )
 
 
@@ -2178,6 +2194,15 @@ class Cluster:
 
     def read_deployment(self) -> Deployment:
         return self._retried("reading the Deployment", parse_deployment, self._api.name)
+
+    def read_observed_deployment(self) -> Deployment:
+        """The Deployment, after a moment for its controller to observe the last change: the status
+        that it then writes changes the resourceVersion."""
+        deployment = self.read_deployment()
+        if not deployment.observed:
+            sleep(OBSERVE_SECONDS)
+            deployment = self.read_deployment()
+        return deployment
 
     def read_fleet(self, deployment: Deployment, observed: bool) -> Fleet:
         """The Deployment's live pods. Its ReplicaSets are listed first: a pod of one that is
@@ -2308,8 +2333,8 @@ class Cluster:
         names = {"name": self._api.name, "namespace": self._api.namespace}
         if known == 404:
             said = "there is no Deployment {name} in namespace {namespace}".format(**names)
-        # Unless it was an admission policy or a webhook, not the Role.
-        if known == 403 and " denied " not in message:
+        # RBAC's words: it may also be an admission policy, a quota or a namespace that ends.
+        if known == 403 and " cannot " in message:
             advice = NOT_ALLOWED[resource].format(verb=verb, resource=resource, **names)
         # Seconds. A date is not read: ours and the server's clock may differ.
         pause = response.headers.get("Retry-After") or ""
@@ -2387,8 +2412,8 @@ class Look:
 
     `token` is this run's, in the leases that it takes. `pending` are the decisions whose patch may
     or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
-    what its annotations said at the start of the attempt. `verified` is when, on the monotonic
-    clock, this attempt began to read the queue for the second time.
+    what its annotations said at the start of the attempt. `leased`: this look has the lease;
+    `verified`: when, on the monotonic clock, this attempt began to read everything again.
     """
 
     deployment: Deployment
@@ -2409,6 +2434,7 @@ class Look:
         self.pending: list[Decision] = []
         self.warnings: list[str] = []
         self.began = time.monotonic()
+        self.leased = False
         self.verified: float | None = None
 
     def take(self) -> Decision:
@@ -2430,10 +2456,13 @@ class Look:
     def attempt(self) -> Decision:
         progress, settings = self.progress, self.settings
         self.deployment = deployment = self.cluster.read_deployment()
-        progress.current, progress.in_doubt, self.verified = deployment.replicas, False, None
+        progress.current, self.verified = deployment.replicas, None
         for decision in self.pending:
             if was_applied(decision, deployment):
                 return self.finish(decision)
+        # A scale that is still on its way must meet another resourceVersion: the lease anew.
+        progress.in_doubt = bool(self.pending)
+        self.leased = self.leased and not self.pending and self.is_own_lease()
         owners, now = deployment.replicas_owners, self.now
         self.state = parse_state(deployment.annotations, settings, now, deployment.restored)
         self.warnings = list(self.state.warnings)
@@ -2478,8 +2507,9 @@ class Look:
         """The decision, ready to be applied: if it removes pods, its victims have the lowest
         deletion cost, and a second read of the queue has found them idle."""
         lease = self.state.scale_down_lease
-        own = lease is not None and lease.token == self.token
-        cost = lease.cost if lease and own else victim_cost(self.now, fleet.pods, lease)
+        cost = victim_cost(self.now, fleet.pods, lease)
+        if lease and self.leased:
+            cost = lease.cost
         busy = self.queue.busy_pods(fleet.pods)
         decision = self.judge(inputs, fleet, busy, cost)
         # An order is not kept waiting by another run: its lease is taken over.
@@ -2496,7 +2526,12 @@ class Look:
         self.take_lease(cost)
         generation = self.deployment.generation
         self.clear_costs(fleet, victims)
-        self.set_costs([pod for pod in victims if pod.cost != cost], cost)
+        # Those that there is no time for are left to the next look.
+        until = time.monotonic() + self.progress.deadline.left() / 2
+        done = {pod.name for pod in victims if pod.cost == cost}
+        unset = [pod for pod in victims if pod.cost != cost]
+        done |= {pod.name for pod in self.set_costs(unset, cost, until=until)}
+        victims = [pod for pod in victims if pod.name in done]
         return self.verify(inputs, victims, cost, generation)
 
     def verify(
@@ -2504,14 +2539,14 @@ class Look:
     ) -> Decision:
         """Everything once more, the queue last: a victim that has claimed a job is spared, and one
         pod fewer is removed. `generation` is the Deployment's at the lease."""
-        # Its controller has observed every change but the lease, and the status that it writes for
-        # that one changes the resourceVersion: so the Deployment comes after the pods.
-        fleet = self.cluster.read_fleet(self.deployment, observed=True)
-        self.deployment = self.cluster.read_deployment()
+        # The Deployment comes first, once its controller has observed the lease: a pod that comes,
+        # goes or changes after that changes its status, and so the resourceVersion.
+        self.deployment = self.cluster.read_observed_deployment()
+        self.verified = time.monotonic()
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
-        self.verified = time.monotonic()
+        fleet = self.cluster.read_fleet(self.deployment, observed=True)
         busy = self.queue.busy_pods(fleet.pods)
         before = {pod.name: pod for pod in victims}
         marked = [pod for pod in fleet.pods if pod.name in before]
@@ -2533,7 +2568,8 @@ class Look:
             # The number is set in any case: pods that became idle go in place of those spared.
             count = len(fleet.pods) - (decision.replicas or 0)
             chosen = choose_victims(fleet.pods, busy.names, count)
-            self.set_costs([pod for pod in chosen if pod.cost != cost], cost)
+            until = time.monotonic() + self.progress.deadline.left() / 2
+            self.set_costs([pod for pod in chosen if pod.cost != cost], cost, until=until)
         return decision
 
     def judge(
@@ -2579,11 +2615,13 @@ class Look:
 
     def take_lease(self, cost: int) -> None:
         """Until the end of this look. Raises a Failure if anybody wrote in between."""
-        if self.is_own_lease():
+        if self.leased:
             return
         seconds = self.progress.deadline.end - self.began
         lease = Lease(whole_second(self.now + timedelta(seconds=seconds)), cost, self.token)
         self.deployment = self.cluster.patch_deployment(self.body({LEASE: str(lease)}))
+        self.leased, self.progress.in_doubt = True, False
+        self.pending.clear()
 
     def clear_costs(self, fleet: Fleet, victims: Sequence[Pod] = ()) -> None:
         """Remove the deletion costs that a run left which did not get to its patch. Not while a
@@ -2591,23 +2629,30 @@ class Look:
         chosen = {pod.name for pod in victims}
         stale = [pod for pod in fleet.marked if pod.name not in chosen]
         lease = self.state.scale_down_lease
-        foreign = lease is not None and self.is_held(lease) and not self.is_own_lease()
+        foreign = lease is not None and self.is_held(lease) and not self.leased
         if not stale or fleet.removing or foreign or self.log.output.dry_run:
             return
         self.take_lease(victim_cost(self.now, fleet.pods, lease))
         self.set_costs(stale, None)
 
     def set_costs(
-        self, pods: Sequence[Pod], cost: int | None, before: Mapping[str, Pod] | None = None
+        self,
+        pods: Sequence[Pod],
+        cost: int | None,
+        before: Mapping[str, Pod] | None = None,
+        until: float = math.inf,
     ) -> list[Pod]:
-        """The pods after that, without those that are gone. Without a cost, each gets back the one
-        that somebody else had set, as far as `before` has it."""
+        """The pods after that, without those that are gone, or that were not reached `until` then,
+        on the monotonic clock. Without a cost, each gets back the one that somebody else had set,
+        as far as `before` has it."""
 
         def own(pod: Pod) -> int | None:
             was = (before or {}).get(pod.name)
-            return was.cost if was and was.cost and not was.own_cost else None
+            return was.cost if was and was.cost and was.cost > HIGHEST_MARK else None
 
         def set_cost(pod: Pod) -> Pod | None:
+            if time.monotonic() > until:
+                return None
             return self.cluster.set_deletion_cost(pod, own(pod) if cost is None else cost)
 
         return [pod for pod in concurrently(set_cost, pods) if pod is not None]
@@ -2633,21 +2678,23 @@ class Look:
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
             return decision
-        if self.verified and time.monotonic() - self.verified > FRESH_SECONDS:
+        age = time.monotonic() - (self.verified or math.inf)
+        if decision.change < 0 and age > FRESH_SECONDS:
             # As the process was suspended, for one.
             problem = "the read of the queue is too old to remove pods by"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
         body = self.body(annotations)
         if decision.change:
             body["spec"] = {"replicas": decision.replicas}
-        progress.in_doubt = bool(decision.change)
+        progress.in_doubt |= bool(decision.change)
         try:
             self.deployment = self.cluster.patch_deployment(body)
         except Failure as failure:
             # With a status below 500 the API server has rejected it.
-            progress.in_doubt &= failure.read_again and not 400 <= failure.status < 500
-            if progress.in_doubt:
+            arrived = failure.read_again and not 400 <= failure.status < 500
+            if decision.change and arrived:
                 self.pending.append(decision)
+            progress.in_doubt = bool(self.pending)
             raise
         return self.finish(decision)
 
@@ -2774,11 +2821,6 @@ def encode_record(record: dict[str, Any]) -> bytes:
 
 
 # -------------------------------------------------------------------------------------- main
-
-
-def sleep(seconds: float) -> None:
-    """time.sleep, except under a clock that a test moves."""
-    threading.Event().wait(seconds)
 
 
 def main(

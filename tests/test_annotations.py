@@ -121,7 +121,7 @@ def test_an_unreadable_paused_replicas_holds_the_current_number() -> None:
     assert "'lots'" in state.warnings[0] and "a whole number of pods from 0" in state.warnings[0]
 
 
-INTENDED = "; delete it, and set it again if intended"
+INTENDED = "; delete it, and set it again with kubectl annotate if intended"
 DROPPED, HOLDS = "not applied" + INTENDED, "the pause holds" + INTENDED
 
 
@@ -146,7 +146,7 @@ def test_a_restored_value_is_not_applied(
     name = ANNOTATION + name
     state = parse_state({name: value, "team": "renders"}, SETTINGS, START, frozenset((name,)))
     [warning] = state.warnings
-    assert warning == f"{name}={value!r}: restored by a rollback: {said}"
+    assert warning == f"{name}={value!r}: may have been restored by a rollback: {said}"
     assert state == State(warnings=(warning,), **dict.fromkeys(paused, True))  # type: ignore[arg-type]
 
 

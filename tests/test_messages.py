@@ -213,11 +213,11 @@ WARNINGS = [
      "queue-scaler/scale-down-lease='2026-01-01T00:02:00Z -189388800 abcd1234': further ahead than "
      "a run can last: counts as absent"),
     (annotated(restored=True, paused_replicas="0"),
-     "queue-scaler/paused-replicas='0': restored by a rollback: not applied; delete it, and set it "
-     "again if intended"),
+     "queue-scaler/paused-replicas='0': may have been restored by a rollback: not applied; "
+     "delete it, and set it again with kubectl annotate if intended"),
     (annotated(restored=True, paused="true"),
-     "queue-scaler/paused='true': restored by a rollback: the pause holds; delete it, and set it "
-     "again if intended"),
+     "queue-scaler/paused='true': may have been restored by a rollback: the pause holds; "
+     "delete it, and set it again with kubectl annotate if intended"),
     (annotated(pause="true"),
      "the annotation queue-scaler/pause is unknown to the scaler: did you mean "
      "queue-scaler/paused?"),
@@ -315,23 +315,26 @@ REFUSED = [
     ("get", "deployments", 401, "Unauthorized",
      "Forbidden: the API server answered 401 while reading the Deployment: Unauthorized; the "
      "credentials of the scaler are missing or expired: renew them"),
-    ("get", "deployments", 403, "no",
-     "Forbidden: the API server answered 403 while reading the Deployment: no; check "
+    ("get", "deployments", 403, "a cannot b",
+     "Forbidden: the API server answered 403 while reading the Deployment: a cannot b; check "
      "that DEPLOYMENT=worker is the name in the Role: the Role in namespace default must allow get "
      f"on deployments {ROLE}"),
-    ("list", "replicasets", 403, "no",
-     "Forbidden: the API server answered 403 while listing the ReplicaSets: no; stays at 3 pods; "
+    ("list", "replicasets", 403, "a cannot b",
+     "Forbidden: the API server answered 403 while listing the ReplicaSets: a cannot b; stays "
+     "at 3 pods; "
      "BUSY_FILTER needs a rule that is new in 0.3.0: the Role in namespace default must allow list "
      f"on replicasets {ROLE}"),
-    ("list", "pods", 403, "no",
-     "Forbidden: the API server answered 403 while listing the pods: no; stays at 3 pods; "
+    ("list", "pods", 403, "a cannot b",
+     "Forbidden: the API server answered 403 while listing the pods: a cannot b; stays at 3 pods; "
      f"BUSY_FILTER needs a rule: the Role in namespace default must allow list on pods {ROLE}"),
-    ("patch", "pods", 403, "no",
-     "Forbidden: the API server answered 403 while setting a pod's deletion cost: no; stays at 3 "
+    ("patch", "pods", 403, "a cannot b",
+     "Forbidden: the API server answered 403 while setting a pod's deletion cost: a cannot b; "
+     "stays at 3 "
      "pods; BUSY_FILTER needs a rule: "
      f"the Role in namespace default must allow patch on pods {ROLE}"),
-    ("patch", "deployments", 403, "no",
-     "Forbidden: the API server answered 403 while patching the Deployment: no; stays at 3 pods; "
+    ("patch", "deployments", 403, "a cannot b",
+     "Forbidden: the API server answered 403 while patching the Deployment: a cannot b; stays "
+     "at 3 pods; "
      "check that DEPLOYMENT=worker is the name in the Role: the Role in namespace default must "
      f"allow patch on deployments {ROLE}"),
     ("patch", "deployments", 403, DENIED,
@@ -457,13 +460,13 @@ def test_missing_credentials_in_words(world: World) -> None:
 
 def test_an_event_that_is_refused_is_a_warning_with_the_rule(world: World) -> None:
     world.queue.fill(2)
-    refusal = kubernetes.answer(403, message="no")
+    refusal = kubernetes.answer(403, message="a cannot b")
     world.cluster.fault(Match("create", "events"), refusal)
     run = world.run()
     assert run.exit_code == 0
     assert run.stdout.splitlines()[0].partition(" ")[2] == (
         "WARNING AutoScaler default/worker: no Event was written: the API server answered 403 "
-        "while writing the Event: no; the Role in namespace default must allow create on "
+        "while writing the Event: a cannot b; the Role in namespace default must allow create on "
         f"events {ROLE}"
     )
 

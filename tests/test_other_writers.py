@@ -158,7 +158,8 @@ def test_a_rollback_is_not_applied(world: World, client: str, change: dict[str, 
     for _ in range(2):
         run = world.run()
         assert (run.exit_code, run.reason, world.replicas) == (0, "Paused", 3), run
-        assert f"{name}='0': restored by a rollback: not applied; delete it, and" in run.stdout
+        said = f"{name}='0': may have been restored by a rollback: not applied; delete it, and"
+        assert said in run.stdout
         world.cluster.annotate("worker", **{name: "0"})  # the same value: nothing is written
     for value in (None, "0"):
         world.cluster.annotate("worker", **{name: value})

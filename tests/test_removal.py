@@ -318,8 +318,8 @@ def test_once_marked_the_victims_come_before_every_busy_pod(
 
 @given(LIVE, st.integers(0, 12))
 def test_no_other_choice_frees_more_nodes(live: list[Pod], count: int) -> None:
-    """Among pods of the same rank, none of them busy."""
-    live = [replace(one, rank=READY) for one in live]
+    """Among pods of the same rank, none of them busy, whose deletion costs nobody has set."""
+    live = [replace(one, rank=READY, cost=0) for one in live]
     left = Counter(one.node for one in live)
     left.subtract(one.node for one in choose_victims(live, (), count))
     freed, budget = 0, count

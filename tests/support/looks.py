@@ -94,6 +94,7 @@ def simulated(time: Time) -> Iterator[None]:
         for target, value in (
             ("scaler.time", clock),
             ("scaler.concurrently", in_turn),
+            ("scaler.sleep", time.sleep),
             ("scaler.print", lambda *_, **__: None),
             ("tenacity.time", clock),
             ("tenacity.nap.time", clock),

@@ -24,7 +24,8 @@ Never, whatever happens:
 A scale-down is not blamed for what a client cannot steer or know: pods that became unready, or
 whose costs a person set, after the run's last list of them; a ReplicaSet that joined after its
 patch; pods that a rollout removes; under an order, busy pods that idle ones do not suffice for,
-and those that are not ready or in a rollout.
+and those that are not ready or in a rollout. A victim's own deletion cost, set by a person, is
+given back if its run spares it, and lost with a run that dies.
 
 | word                       | what happens                                                       |
 |----------------------------|--------------------------------------------------------------------|
@@ -509,7 +510,9 @@ class Machine:
         if cut[0] != cut[1]:
             self._break("a run changed more than replicas and annotations")
         if old["kind"] != "Deployment":
-            run.marked |= int(after.get(DELETION_COST, 0)) < 0
+            if int(after.get(DELETION_COST, 0)) < 0:
+                run.marked = True
+                self.foreign.pop(name_of(new), None)
             return
         change = wanted_replicas(new) - wanted_replicas(old)
         if not change:
