@@ -1014,6 +1014,8 @@ def paused(settings: Settings, inputs: Inputs) -> Decision | None:
     state = inputs.state
     if state.paused:
         why = f"paused by annotation{state.until}"
+        if state.paused_replicas is not None:
+            why += f", {PAUSED_REPLICAS}={state.paused_replicas} waits until it is deleted"
         return conclude(inputs, Verdict(inputs.current), "Paused", why)
     if state.paused_replicas is not None:
         why = f"{PAUSED_REPLICAS}={state.paused_replicas}{state.until}"
@@ -1354,7 +1356,11 @@ def removable(fleet: Fleet, current: int, busy: frozenset[str], cost: int | None
     safe = sum((pod.rank, pod.cost if cost is None else cost) < min(ranks) for pod in idle)
     # Replicas without a pod go before any pod does.
     missing = max(0, current - len(fleet.pods))
-    return Removable(safe + missing, ", as removing one would hit a busy pod")
+    because = ", as removing one would hit a busy pod"
+    if idle and not safe and cost is not None:
+        first = min((pod for pod in fleet.pods if pod.name in busy), key=lambda pod: pod.rank)
+        because = f", as the busy pod {first.name} would be removed first"
+    return Removable(safe + missing, because)
 
 
 def choose_victims(live: Sequence[Pod], busy: Iterable[str], count: int) -> list[Pod]:
@@ -2273,7 +2279,10 @@ class Cluster:
         event = {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"name": f"{name[:200]}.{os.urandom(8).hex()}", "namespace": namespace},
+            "metadata": {
+                "name": f"{name[:200].rstrip('-.')}.{os.urandom(8).hex()}",
+                "namespace": namespace,
+            },
             "involvedObject": {"apiVersion": "apps/v1", **about},
             "type": "Normal",
             "reason": "SuccessfulRescale",
@@ -2403,7 +2412,7 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
 
 # -------------------------------------------------------------------------------------- look
 
-FRESH_SECONDS = 20  # victims are removed by a read of the queue no older than this
+FRESH_SECONDS = 5  # victims are removed by a read of the queue that ended no longer ago
 
 
 class Look:
@@ -2413,7 +2422,7 @@ class Look:
     `token` is this run's, in the leases that it takes. `pending` are the decisions whose patch may
     or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
     what its annotations said at the start of the attempt. `leased`: this look has the lease;
-    `verified`: when, on the monotonic clock, this attempt began to read everything again.
+    `verified`: when, on the monotonic clock and the wall's, this attempt had read all again.
     """
 
     deployment: Deployment
@@ -2435,7 +2444,7 @@ class Look:
         self.warnings: list[str] = []
         self.began = time.monotonic()
         self.leased = False
-        self.verified: float | None = None
+        self.verified: tuple[float, datetime] | None = None
 
     def take(self) -> Decision:
         """Look, and again from the start if another writer came in between.
@@ -2507,7 +2516,7 @@ class Look:
         """The decision, ready to be applied: if it removes pods, its victims have the lowest
         deletion cost, and a second read of the queue has found them idle."""
         lease = self.state.scale_down_lease
-        cost = victim_cost(self.now, fleet.pods, lease)
+        cost = victim_cost(self.now, fleet.pods, self.last_lease())
         if lease and self.leased:
             cost = lease.cost
         busy = self.queue.busy_pods(fleet.pods)
@@ -2542,12 +2551,12 @@ class Look:
         # The Deployment comes first, once its controller has observed the lease: a pod that comes,
         # goes or changes after that changes its status, and so the resourceVersion.
         self.deployment = self.cluster.read_observed_deployment()
-        self.verified = time.monotonic()
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
         fleet = self.cluster.read_fleet(self.deployment, observed=True)
         busy = self.queue.busy_pods(fleet.pods)
+        self.verified = time.monotonic(), self.log.clock()
         before = {pod.name: pod for pod in victims}
         marked = [pod for pod in fleet.pods if pod.name in before]
         claimed = [pod for pod in marked if pod.name in busy.names]
@@ -2613,6 +2622,12 @@ class Look:
     def is_own_lease(self) -> bool:
         return self.deployment.annotations.get(LEASE, "").endswith(f" {self.token}")
 
+    def last_lease(self) -> Lease | None:
+        """As it is written, even if it does not count: the next cost has to be lower than its."""
+        with suppress(ValueError):
+            return read_lease(self.deployment.annotations.get(LEASE, ""))
+        return None
+
     def take_lease(self, cost: int) -> None:
         """Until the end of this look. Raises a Failure if anybody wrote in between."""
         if self.leased:
@@ -2632,7 +2647,7 @@ class Look:
         foreign = lease is not None and self.is_held(lease) and not self.leased
         if not stale or fleet.removing or foreign or self.log.output.dry_run:
             return
-        self.take_lease(victim_cost(self.now, fleet.pods, lease))
+        self.take_lease(victim_cost(self.now, fleet.pods, self.last_lease()))
         self.set_costs(stale, None)
 
     def set_costs(
@@ -2672,15 +2687,14 @@ class Look:
             annotations[LEASE] = None
         annotations = {name: v for name, v in annotations.items() if there.get(name) != v}
         dry = "dry run, nothing is changed: " if self.log.output.dry_run else ""
-        expired = f"the pause has expired, {', '.join(self.state.expired)} removed; "
+        removed = "would be removed" if dry else "removed"
+        expired = f"the pause has expired, {', '.join(self.state.expired)} {removed}; "
         message = dry + (expired if self.state.expired else "") + decision.message
         warnings = tuple(self.warnings)
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
             return decision
-        age = time.monotonic() - (self.verified or math.inf)
-        if decision.change < 0 and age > FRESH_SECONDS:
-            # As the process was suspended, for one.
+        if decision.change < 0 and self.is_outdated():
             problem = "the read of the queue is too old to remove pods by"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
         body = self.body(annotations)
@@ -2697,6 +2711,14 @@ class Look:
             progress.in_doubt = bool(self.pending)
             raise
         return self.finish(decision)
+
+    def is_outdated(self) -> bool:
+        """Whether the process was suspended, for one, since the second read. While a whole machine
+        is suspended, only the wall clock goes on."""
+        if self.verified is None:
+            return False
+        ticked, passed = time.monotonic() - self.verified[0], self.log.clock() - self.verified[1]
+        return max(ticked, passed.total_seconds()) > FRESH_SECONDS
 
     def finish(self, decision: Decision) -> Decision:
         """What remains once the patch is known to have been applied: the Event, as the HPA writes
