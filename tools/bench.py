@@ -317,7 +317,7 @@ REACTION_INTERVAL = 2
 BURSTS = 20
 SCALE_UPS = 20
 INTERVALS = (2, 10)
-POLLING_TIMEOUT = 62  # as in cronjob.yaml
+POLLING_TIMEOUT = 70  # as in cronjob.yaml
 
 
 def waits(*measures: Sequence[object]) -> list[float]:
