@@ -718,13 +718,8 @@ Recommendation = tuple[int, int]  # when, in Unix seconds, and how many pods
 
 
 def whole_second(when: datetime) -> datetime:
-    """The next whole second, or this one within its first tenth: annotations hold no fractions.
-
-    A look that has waited for a delay starts just after a whole second. If that were rounded up,
-    each cooldown in a row would end a second later after the minute, until a run misses it.
-    """
-    past = when.microsecond
-    return when + timedelta(microseconds=-past if past < 100_000 else 1_000_000 - past)
+    """The next whole second: annotations hold no fractions, and no delay may end early."""
+    return when + timedelta(microseconds=-when.microsecond % 1_000_000)
 
 
 def read_history(value: str) -> tuple[Recommendation, ...]:
@@ -2883,11 +2878,16 @@ def poll(
     # The clients give up a little before the watchdog would, as they can say more.
     run_end, margin = report.started + total, min(1.0, total / 10)
     token = os.urandom(4).hex()
+    delay_end: datetime | None = None
     while True:
         began = time.monotonic()
         progress = Progress(look_deadline(run_end, margin, interval))
         report.progress, report.resting = progress, False
         now, log = report.log.clock(), report.log
+        # A look that waited for a delay counts from its end. If its start were rounded up, each
+        # cooldown in a row would end a second later after the minute, until a run misses it.
+        if delay_end and delay_end <= now < delay_end + timedelta(seconds=1):
+            now = delay_end
         queue = JobQueue(settings, firestore, progress, now, log)
         look = Look(settings, Cluster(api, progress, log), queue, progress, log, now, token)
         decision = guarded(report, look.take)
@@ -2899,6 +2899,7 @@ def poll(
             report.resting = True
         ended = time.monotonic()
         due = next_look(report, interval, ended, decision.wait, now)
+        delay_end = None if decision.wait is None else now + timedelta(seconds=decision.wait)
         # A look that could only begin would report that its time is up.
         if due is None or due + min(ended - began, 1.0) > run_end - margin:
             return

@@ -76,6 +76,18 @@ def test_a_metadata_server_that_is_late_is_waited_for(cloud: Cloud, given: bool)
     assert 9 < run.seconds < 20 and "firestore.googleapis.com" in cloud.proxy.asked, run
 
 
+def test_a_token_that_is_late_is_waited_for(cloud: Cloud) -> None:
+    """The metadata server is up before it knows the account, as with a new Workload Identity."""
+    cloud.google.denies.set()
+    cloud.google.listen()
+    timer = threading.Timer(8, cloud.google.denies.clear)
+    timer.start()
+    run = cloud.run(**cloud.google.environment())
+    timer.join()
+    assert (run.exit_code, run.reason, cloud.world.replicas) == (0, "ScaledUp", 2), run
+    assert 7 < run.seconds < 18, run
+
+
 @pytest.mark.parametrize("sign", ["GCE_METADATA_*", "KUBERNETES_SERVICE_HOST"])
 def test_without_a_metadata_server_a_run_ends_within_its_budget(cloud: Cloud, sign: str) -> None:
     environ = cloud.google.environment()
@@ -217,6 +229,37 @@ def test_a_scale_down_among_thousands_of_pods_fits_memory_and_time(
     assert run.returncode == 0 and "ScaledDown" in stdout, stdout
     assert set(world.cluster.deleted_pods) == set(names[:idle])
     assert peak <= LIMIT_MEBIBYTES, stdout
+    pages = [request for request in world.cluster.requests if Match("list", "pods")(request)]
+    assert len(pages) == 2 * -(-live // 500), "the server leaves out the evicted ones"
+
+
+class AtOnce:
+    """Takes a twentieth of a second, and counts how many do so at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, _: object) -> None:
+        for change in (1, -1):
+            with self._lock:
+                self.now += change
+                self.most = max(self.most, self.now)
+            time.sleep(0.05 if change > 0 else 0)
+
+
+def test_queries_and_patches_of_pods_are_sent_several_at_a_time(world: World) -> None:
+    world.cluster.scale("worker", 600)
+    names = [str(pod["metadata"]["name"]) for pod in world.cluster.pods("worker")]
+    for name in names[20:]:
+        world.queue.put(f"jobs/{name}", {"status": "processing", "assignedPodId": name})
+    counts, patches = AtOnce(), AtOnce()
+    world.queue.hook("count", counts)
+    world.cluster.hook(Match("patch", "pods"), patches, times=None)
+    world.settings = {"MAX_REPLICAS": "1000", "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
+    run = world.run(BUSY_FILTER=BUSY)
+    assert (run.reason, world.replicas) == ("ScaledDown", 580), run
+    assert counts.most == patches.most == scaler.CONCURRENT_CALLS
 
 
 def peak_mebibytes(run: subprocess.Popen[str]) -> float:
@@ -300,7 +343,7 @@ def test_sigterm_ends_a_run_that_was_frozen(process: World) -> None:
     run.send_signal(signal.SIGTERM)
     stdout, seconds = thaw(run)
     assert (run.returncode, seconds < 2) == (143, True), stdout
-    assert "ended by SIGTERM" in json.loads(log.read_text())["message"]
+    assert json.loads(log.read_text())["reason"] == "Interrupted", "by the signal, or by its end"
 
 
 def test_a_polling_run_frozen_between_two_looks_reports_its_last(process: World) -> None:

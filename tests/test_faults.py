@@ -46,7 +46,7 @@ AT_ONCE = 6  # cells played at the same time: most of a cell is waiting
 
 
 @dataclass(kw_only=True)
-class Scene(World):
+class FaultyWorld(World):
     """A world about to scale from `before` to `after`, with a proxy in front of either server."""
 
     before: int
@@ -58,7 +58,7 @@ class Scene(World):
 
 
 @contextmanager
-def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Iterator[Scene]:
+def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Iterator[FaultyWorld]:
     with (
         tempfile.TemporaryDirectory() as directory,
         FakeKubernetes(seed=1) as cluster,
@@ -70,7 +70,7 @@ def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Itera
         cluster.add_deployment("worker", replicas=replicas)
         kubeconfig = cluster.write_kubeconfig(Path(directory) / "through-the-proxy")
         kubeconfig.write_text(kubeconfig.read_text().replace(cluster.url, f"http://{api.host}"))
-        yield Scene(
+        yield FaultyWorld(
             cluster, queue, "worker", START, {"KUBECONFIG": str(kubeconfig), **settings},
             Path(directory), process, front.host,
             before=replicas, after=wanted, api=api, front=front, at_end=at_end,
@@ -78,22 +78,22 @@ def servers(replicas: int, wanted: int, process: bool, **settings: str) -> Itera
 
 
 @contextmanager
-def scaling_down(process: bool = False, **settings: str) -> Iterator[Scene]:
+def scaling_down(process: bool = False, **settings: str) -> Iterator[FaultyWorld]:
     """Three pods, one busy, nothing waiting: the run that makes every call there is."""
     more = {"BUSY_FILTER": BUSY, "SCALE_DOWN_STABILIZATION_SECONDS": "0", **settings}
-    with servers(3, 1, process, **more) as scene:
-        scene.busy_pod = str(scene.cluster.pods("worker")[0]["metadata"]["name"])
-        job = {"status": "processing", "assignedPodId": scene.busy_pod}
-        scene.queue.put(f"jobs/{'a-long-name' * 100}", job)  # an answer that can break in two
-        yield scene
+    with servers(3, 1, process, **more) as world:
+        world.busy_pod = str(world.cluster.pods("worker")[0]["metadata"]["name"])
+        job = {"status": "processing", "assignedPodId": world.busy_pod}
+        world.queue.put(f"jobs/{'a-long-name' * 100}", job)  # an answer that can break in two
+        yield world
 
 
 @contextmanager
-def scaling_up(process: bool = False, **settings: str) -> Iterator[Scene]:
+def scaling_up(process: bool = False, **settings: str) -> Iterator[FaultyWorld]:
     """One pod, five jobs waiting, at most three pods."""
-    with servers(1, 3, process, **settings) as scene:
-        scene.queue.fill(5)
-        yield scene
+    with servers(1, 3, process, **settings) as world:
+        world.queue.fill(5)
+        yield world
 
 
 # ---------------------------------------------------------------------------------- the calls
@@ -113,11 +113,11 @@ class Call:
     def __str__(self) -> str:
         return self.id or self.doing
 
-    def made(self, scene: Scene, times: int = 1) -> bool:
+    def made(self, world: FaultyWorld, times: int = 1) -> bool:
         """Whether a run has got as far as making it so many times."""
         if isinstance(self.on, Match):
-            return len(scene.cluster.calls(self.on)) >= times + self.nth - 1
-        return sum(map(self.on.matches, scene.queue.calls)) >= times + self.after_marking
+            return len(world.cluster.calls(self.on)) >= times + self.nth - 1
+        return sum(map(self.on.matches, world.queue.calls)) >= times + self.after_marking
 
 
 def about_pods(call: firestore.Call) -> bool:
@@ -297,7 +297,7 @@ GRPC_FAULTS: Mapping[str, firestore.Behaviour] = {
 FIRST_FAULTS: Mapping[str, Callable[[ChaosProxy], None]] = {
     "refuses connections": lambda proxy: proxy.become("refuse"),
     "resets connections": lambda proxy: proxy.become("reset"),
-    "drops all, from the first": lambda proxy: proxy.become("swallow"),
+    "drops all, from the first": lambda proxy: proxy.become("hang"),
     "drips, from the first": lambda proxy: proxy.become("drip", seconds=0.2),
     "is slow": lambda proxy: proxy.become("delay", seconds=0.2),
 }
@@ -307,7 +307,7 @@ NETWORK_FAULTS: Mapping[str, Callable[[ChaosProxy], None]] = {
         "reset", after_bytes=proxy.bytes_answered + 60
     ),
     "drips its answer": lambda proxy: proxy.become("drip", seconds=0.2),
-    "drops all packets": lambda proxy: proxy.become("swallow"),
+    "drops all packets": lambda proxy: proxy.become("hang"),
     "goes away": lambda proxy: vanish(proxy),
 }
 
@@ -318,56 +318,56 @@ def vanish(proxy: ChaosProxy) -> None:
     proxy.reset()
 
 
-def pass_over(scene: Scene, proxy: ChaosProxy) -> None:
+def pass_over(world: FaultyWorld, proxy: ChaosProxy) -> None:
     timer = threading.Timer(OUTAGE_SECONDS, lambda: proxy.become("pass"))
     timer.start()
-    scene.at_end.callback(timer.join)
+    world.at_end.callback(timer.join)
 
 
-def strike(scene: Scene, call: Call, fault: str, times: int | None = None) -> None:
+def strike(world: FaultyWorld, call: Call, fault: str, times: int | None = None) -> None:
     """Let a call meet a fault, so many times, or always."""
     on = call.on
     if fault in FIRST_FAULTS:
-        FIRST_FAULTS[fault](scene.api if isinstance(on, Match) else scene.front)
+        FIRST_FAULTS[fault](world.api if isinstance(on, Match) else world.front)
     elif isinstance(on, Match):
-        strike_cluster(scene, on, fault, times, call.nth)
+        strike_cluster(world, on, fault, times, call.nth)
     elif call.after_marking:
-        scene.cluster.hook(PATCH_POD, lambda _: strike_queue(scene, on, fault, times), "after")
+        world.cluster.hook(PATCH_POD, lambda _: strike_queue(world, on, fault, times), "after")
     else:
-        strike_queue(scene, on, fault, times)
+        strike_queue(world, on, fault, times)
 
 
-def strike_cluster(scene: Scene, on: Match, fault: str, times: int | None, nth: int) -> None:
+def strike_cluster(world: FaultyWorld, on: Match, fault: str, times: int | None, nth: int) -> None:
     requests = itertools.count(1)
 
     def go_away(_: kubernetes.Request) -> None:
         if next(requests) != nth:
             return
         if times:
-            pass_over(scene, scene.api)  # first: the run may be over as soon as the other is done
-        vanish(scene.api)
+            pass_over(world, world.api)  # first: the run may be over as soon as the other is done
+        vanish(world.api)
 
     if fault.startswith("goes away"):
-        scene.cluster.hook(on, go_away, "after", times=nth)
+        world.cluster.hook(on, go_away, "after", times=nth)
     behaviour = HTTP_FAULTS.get(fault.replace("goes away", "resets"))
     if behaviour is None:
         behaviour = kubernetes.answer(int(fault.removeprefix("answers ")))
-    scene.cluster.fault(on, behaviour, times, nth)
+    world.cluster.fault(on, behaviour, times, nth)
 
 
-def strike_queue(scene: Scene, on: On, fault: str, times: int | None) -> None:
+def strike_queue(world: FaultyWorld, on: On, fault: str, times: int | None) -> None:
     def misbehave(_: firestore.Call) -> None:
         if times:
-            pass_over(scene, scene.front)
-        NETWORK_FAULTS[fault](scene.front)
+            pass_over(world, world.front)
+        NETWORK_FAULTS[fault](world.front)
 
     if fault in NETWORK_FAULTS:
-        scene.queue.hook(on, misbehave, times=times and 1)
+        world.queue.hook(on, misbehave, times=times and 1)
     elif fault in GRPC_FAULTS:
-        scene.queue.fault(on, GRPC_FAULTS[fault], times)
+        world.queue.fault(on, GRPC_FAULTS[fault], times)
     else:
         code = StatusCode[fault.removeprefix("answers ")]
-        scene.queue.fault(on, Fail(code, "as the test wants it"), times)
+        world.queue.fault(on, Fail(code, "as the test wants it"), times)
 
 
 # ------------------------------------------------------------------------- what has to be true
@@ -382,33 +382,33 @@ def last_line(run: Run) -> str:
     return line
 
 
-def check(scene: Scene, run: Run, ending: str, budget_seconds: float) -> None:
+def check(world: FaultyWorld, run: Run, ending: str, budget_seconds: float) -> None:
     """What every ending has in common."""
-    record, replicas, scales = run.record, scene.replicas, scene.cluster.scales
+    record, replicas, scales = run.record, world.replicas, world.cluster.scales
     last_line(run)
     assert "Traceback" not in run.stdout, run
-    assert scene.cluster.admin_token not in run.stdout + json.dumps(record), "a token was written"
+    assert world.cluster.admin_token not in run.stdout + json.dumps(record), "a token was written"
     assert run.seconds <= budget_seconds + 2, run
     assert run.exit_code == {"holds": 1, "unknown": 1, "person": 2}.get(ending, 0), run
-    assert len(scales) == (replicas != scene.before), run
-    assert replicas in (scene.before, scene.after), run
-    assert scene.busy_pod not in scene.cluster.deleted_pods, run
-    assert record["current"] in (None, scene.before), run
+    assert len(scales) == (replicas != world.before), run
+    assert replicas in (world.before, world.after), run
+    assert world.busy_pod not in world.cluster.deleted_pods, run
+    assert record["current"] in (None, world.before), run
     if ending == "unknown":
         assert (record["action"], record["replicas"]) == ("none", None), run
         assert "not known" in record["message"], run
     elif ending in ("holds", "person"):
-        assert replicas == scene.before, run
+        assert replicas == world.before, run
         assert (record["action"], record["replicas"]) == ("none", record["current"]), run
     else:
-        up = scene.after > scene.before
+        up = world.after > world.before
         action = ("ScaledUp", "scale-up") if up else ("ScaledDown", "scale-down")
         assert (record["reason"], record["action"]) == action, run
-        assert (record["replicas"], replicas) == (scene.after, scene.after), run
-    sizes = [str(event["message"]).split(";")[0] for event in scene.cluster.events()]
-    about = {event["involvedObject"]["uid"] for event in scene.cluster.events()}
-    assert about <= {scene.cluster.deployment("worker")["metadata"]["uid"]}, run
-    assert sizes in ([], [f"New size: {scene.after}"]), run
+        assert (record["replicas"], replicas) == (world.after, world.after), run
+    sizes = [str(event["message"]).split(";")[0] for event in world.cluster.events()]
+    about = {event["involvedObject"]["uid"] for event in world.cluster.events()}
+    assert about <= {world.cluster.deployment("worker")["metadata"]["uid"]}, run
+    assert sizes in ([], [f"New size: {world.after}"]), run
     assert ending in ("warns", "scales") or len(sizes) == (ending == "succeeds"), run
     assert ("no Event was written" in run.stdout) is (ending == "warns"), run
 
@@ -417,12 +417,12 @@ def play(index: int) -> None:
     """One run with the fault of a cell, which has to end as the cell says."""
     cell, call = MATRIX[index], MATRIX[index].call
     process = cell.fault.startswith("drips")
-    with call.world(process, TIMEOUT_SECONDS=str(cell.budget_seconds)) as scene:
-        strike(scene, call, cell.fault, 2 if cell.passing else None)
-        run: Run = scene.run()
-        reached = cell.fault in FIRST_FAULTS or call.made(scene)
+    with call.world(process, TIMEOUT_SECONDS=str(cell.budget_seconds)) as world:
+        strike(world, call, cell.fault, 2 if cell.passing else None)
+        run: Run = world.run()
+        reached = cell.fault in FIRST_FAULTS or call.made(world)
         assert reached, f"it did not get as far as the fault\n{run}"
-        check(scene, run, cell.ending, cell.budget_seconds)
+        check(world, run, cell.ending, cell.budget_seconds)
         if cell.ending in ("holds", "person"):
             assert run.reason == cell.reason, run
             doing = {call.doing, READ.doing} if call is LEASE else {call.doing}  # it reads again
@@ -433,25 +433,25 @@ def play(index: int) -> None:
         if cell.fault.endswith("retry after 600"):
             assert run.record["durationSeconds"] < LONG_SECONDS / 2, run
         if not cell.passing:
-            check_next_run(scene)
+            check_next_run(world)
 
 
-def check_next_run(scene: Scene) -> None:
+def check_next_run(world: FaultyWorld) -> None:
     """Without the fault, the next minute brings what the last one could not; nothing twice."""
-    scene.cluster.clear_faults()
-    scene.queue.heal()
-    for proxy in (scene.api, scene.front):
+    world.cluster.clear_faults()
+    world.queue.heal()
+    for proxy in (world.api, world.front):
         proxy.become("pass")
         proxy.reset()
-    scene.process = False
-    scene.pass_time()
-    run = scene.run(TIMEOUT_SECONDS=str(LONG_SECONDS))
+    world.process = False
+    world.pass_time()
+    run = world.run(TIMEOUT_SECONDS=str(LONG_SECONDS))
     last_line(run)
     assert run.exit_code == 0, run
-    assert (scene.replicas, run.record["replicas"]) == (scene.after, scene.after), run
-    assert len(scene.cluster.scales) == 1, run
-    assert len(scene.cluster.events()) <= 1, run
-    assert scene.busy_pod not in scene.cluster.deleted_pods, run
+    assert (world.replicas, run.record["replicas"]) == (world.after, world.after), run
+    assert len(world.cluster.scales) == 1, run
+    assert len(world.cluster.events()) <= 1, run
+    assert world.busy_pod not in world.cluster.deleted_pods, run
 
 
 @pytest.fixture(scope="module")
@@ -475,81 +475,81 @@ def test_a_fault(cell: Cell, endings: Mapping[Cell, Future[None]]) -> None:
 
 
 def test_a_patch_whose_answer_is_lost_is_looked_up_and_not_sent_again() -> None:
-    with scaling_up() as scene:
-        scene.cluster.fault(PATCH, kubernetes.reset(applied=True), times=None)
-        run = scene.run()
-        check(scene, run, "succeeds", 45)
-        assert len(scene.cluster.calls(PATCH)) == 1
-        assert len(scene.cluster.calls(GET)) == 2
+    with scaling_up() as world:
+        world.cluster.fault(PATCH, kubernetes.reset(applied=True), times=None)
+        run = world.run()
+        check(world, run, "succeeds", 45)
+        assert len(world.cluster.calls(PATCH)) == 1
+        assert len(world.cluster.calls(GET)) == 2
 
 
 def test_a_lost_answer_and_then_another_writer_leave_one_rescale_of_ours() -> None:
-    with scaling_up() as scene:
-        scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
-        scene.cluster.hook(PATCH, lambda _: scene.cluster.scale("worker", 2), "after")
-        run = scene.run()
+    with scaling_up() as world:
+        world.cluster.fault(PATCH, kubernetes.reset(applied=True))
+        world.cluster.hook(PATCH, lambda _: world.cluster.scale("worker", 2), "after")
+        run = world.run()
         last_line(run)
         assert run.reason == "ScaleUpCooldown", run
-        assert (run.record["replicas"], scene.replicas) == (2, 2), run
-        assert [scale.manager for scale in scene.cluster.scales] == ["queue-scaler", "kubectl"]
+        assert (run.record["replicas"], world.replicas) == (2, 2), run
+        assert [scale.manager for scale in world.cluster.scales] == ["queue-scaler", "kubectl"]
 
 
 def test_a_late_patch_and_its_repetition_scale_once() -> None:
     """The API server takes its time: the patch is carried out after the run has looked."""
-    with scaling_up() as scene:
+    with scaling_up() as world:
         late: list[Any] = []
 
         def carry_out(request: kubernetes.Request) -> None:
             if late:
                 spec, annotations = late[0]["spec"], late[0]["metadata"]["annotations"]
-                scene.cluster.edit("deployments", "worker", lambda d: d["spec"].update(spec))
-                scene.cluster.annotate("worker", **annotations)
+                world.cluster.edit("deployments", "worker", lambda d: d["spec"].update(spec))
+                world.cluster.annotate("worker", **annotations)
             late.append(request.body)
 
-        scene.cluster.fault(PATCH, kubernetes.answer(504))
-        scene.cluster.hook(PATCH, carry_out, times=2)
-        run = scene.run()
-        check(scene, run, "succeeds", 45)
-        assert [call.status for call in scene.cluster.calls(PATCH)] == [504, 409]
+        world.cluster.fault(PATCH, kubernetes.answer(504))
+        world.cluster.hook(PATCH, carry_out, times=2)
+        run = world.run()
+        check(world, run, "succeeds", 45)
+        assert [call.status for call in world.cluster.calls(PATCH)] == [504, 409]
 
 
 def test_a_short_retry_after_is_waited_for() -> None:
-    with scaling_up() as scene:
+    with scaling_up() as world:
         asked: list[float] = []
-        scene.cluster.hook(PATCH, lambda _: asked.append(time.monotonic()), times=None)
-        scene.cluster.fault(PATCH, kubernetes.answer(429, {"Retry-After": "1"}))
-        run = scene.run()
-        check(scene, run, "succeeds", 45)
+        world.cluster.hook(PATCH, lambda _: asked.append(time.monotonic()), times=None)
+        world.cluster.fault(PATCH, kubernetes.answer(429, {"Retry-After": "1"}))
+        run = world.run()
+        check(world, run, "succeeds", 45)
         assert asked[1] - asked[0] >= 1, run
 
 
 def test_a_stream_that_breaks_after_some_documents_is_not_taken_for_the_whole() -> None:
     """Many jobs of one pod come first, the only job of another one is lost with the rest."""
-    with scaling_down(JOBS_PER_POD="100") as scene:
-        first, last = (pod["metadata"]["name"] for pod in scene.cluster.pods("worker")[1:])
+    with scaling_down(JOBS_PER_POD="100") as world:
+        first, last = (pod["metadata"]["name"] for pod in world.cluster.pods("worker")[1:])
         for number in range(40):
             job = {"status": "processing", "assignedPodId": first}
-            scene.queue.put(f"jobs/a-{number:03}", job)
-        scene.queue.put("jobs/z", {"status": "processing", "assignedPodId": last})
-        scene.queue.hook(
+            world.queue.put(f"jobs/a-{number:03}", job)
+        world.queue.put("jobs/z", {"status": "processing", "assignedPodId": last})
+        world.queue.hook(
             "query",
-            lambda _: scene.front.become("reset", after_bytes=scene.front.bytes_answered + 3000),
+            lambda _: world.front.become("reset", after_bytes=world.front.bytes_answered + 3000),
             times=1,
         )
-        run = scene.run(TIMEOUT_SECONDS=str(SHORT_SECONDS))
+        run = world.run(TIMEOUT_SECONDS=str(SHORT_SECONDS))
         last_line(run)
-        assert scene.replicas == 3, run
+        assert world.replicas == 3, run
         assert run.reason in ("WorkersBusy", "QueueUnavailable"), run
 
 
 # ----------------------------------------------------------------------- SIGTERM and crashes
 
 
-def terminate(scene: Scene, call: Call, times: int = 1, by: int = signal.SIGTERM) -> Run:
+def terminate(world: FaultyWorld, call: Call, times: int = 1, by: int = signal.SIGTERM) -> Run:
     """A run that gets the signal as soon as it has made this call so many times."""
-    log = scene.directory / "termination-log"
-    process = scene.start(log=log)
-    while not call.made(scene, times):
+    log = world.directory / "termination-log"
+    process = world.start(log=log)
+    while not call.made(world, times):
         assert process.poll() is None, "the run never got there"
         time.sleep(0.02)
     begun = time.monotonic()
@@ -562,56 +562,56 @@ def terminate(scene: Scene, call: Call, times: int = 1, by: int = signal.SIGTERM
 @pytest.mark.parametrize("call", [*CLUSTER_CALLS, *QUEUE_CALLS], ids=str)
 @pytest.mark.slow
 def test_sigterm_ends_a_run_immediately_and_is_no_error(call: Call) -> None:
-    with call.world(process=True) as scene:
-        strike(scene, call, "never answers")
-        run = terminate(scene, call)
+    with call.world(process=True) as world:
+        strike(world, call, "never answers")
+        run = terminate(world, call)
         line = last_line(run)
         assert run.exit_code == 143 and run.seconds < 2, run
         assert " INFO AutoScaler" in line, run
         if call is EVENT:
-            check_scaled(scene, run)
+            check_scaled(world, run)
         else:
             assert run.reason == "Interrupted" and f"ended by SIGTERM while {call.doing}" in line
             assert run.record["action"] == "none", run
-            assert run.record["replicas"] == (None if call in (READ, DOWN, UP) else scene.before)
-            assert scene.replicas == scene.before, run
+            assert run.record["replicas"] == (None if call in (READ, DOWN, UP) else world.before)
+            assert world.replicas == world.before, run
 
 
-def check_scaled(scene: Scene, run: Run) -> None:
+def check_scaled(world: FaultyWorld, run: Run) -> None:
     """What was done before the run was aborted is reported as it is."""
-    assert run.record["action"] == ("scale-up" if scene.after > scene.before else "scale-down")
-    assert run.record["replicas"] == scene.replicas == scene.after, run
-    assert len(scene.cluster.scales) == 1, run
+    assert run.record["action"] == ("scale-up" if world.after > world.before else "scale-down")
+    assert run.record["replicas"] == world.replicas == world.after, run
+    assert len(world.cluster.scales) == 1, run
 
 
 @pytest.mark.slow
 def test_sigint_ends_a_run_as_sigterm_does() -> None:
-    with scaling_up(process=True) as scene:
-        strike(scene, READ, "never answers")
-        run = terminate(scene, READ, by=signal.SIGINT)
+    with scaling_up(process=True) as world:
+        strike(world, READ, "never answers")
+        run = terminate(world, READ, by=signal.SIGINT)
         assert run.exit_code == 130 and "SIGINT while reading the Deployment" in last_line(run)
 
 
 @pytest.mark.slow
 def test_sigterm_after_a_patch_whose_answer_was_lost_claims_nothing() -> None:
-    with scaling_up(process=True) as scene:
-        scene.cluster.fault(PATCH, kubernetes.reset(applied=True))
-        scene.cluster.fault(GET, kubernetes.hang(), nth=2)
-        run = terminate(scene, READ, times=2)
+    with scaling_up(process=True) as world:
+        world.cluster.fault(PATCH, kubernetes.reset(applied=True))
+        world.cluster.fault(GET, kubernetes.hang(), nth=2)
+        run = terminate(world, READ, times=2)
         assert run.exit_code == 143 and "not known" in last_line(run), run
         assert (run.record["action"], run.record["replicas"]) == ("none", None), run
 
 
 @pytest.mark.slow
 def test_a_login_helper_that_hangs_is_ended_by_the_budget() -> None:
-    with scaling_up(process=True, TIMEOUT_SECONDS="2") as scene:
-        kubeconfig = yaml.safe_load(Path(scene.settings["KUBECONFIG"]).read_text())
+    with scaling_up(process=True, TIMEOUT_SECONDS="2") as world:
+        kubeconfig = yaml.safe_load(Path(world.settings["KUBECONFIG"]).read_text())
         helper = {"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never"}
         user = {"exec": {**helper, "command": "sleep", "args": ["60"]}}
         kubeconfig["users"][0]["user"] = user
-        path = scene.directory / "with-login-helper"
+        path = world.directory / "with-login-helper"
         path.write_text(yaml.safe_dump(kubeconfig))
-        run = scene.run(KUBECONFIG=str(path))
+        run = world.run(KUBECONFIG=str(path))
         assert run.exit_code == 1 and run.seconds <= 4, run
         assert "out of time (TIMEOUT_SECONDS=2) while loading the Kubernetes client" in last_line(
             run
@@ -637,13 +637,13 @@ def test_a_crash_before_the_patch_changes_nothing(
     where: object, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, crash)
-    with scaling_down() as scene:
-        run = scene.run()
+    with scaling_down() as world:
+        run = world.run()
         assert run.exit_code == 1, run
         assert "Traceback" in run.stdout and "internal error" in last_line(run), run
         assert "ZeroDivisionError: made by the test" in run.record["message"], run
-        assert (run.record["action"], scene.replicas) == ("none", 3), run
-        assert scene.cluster.scales == []
+        assert (run.record["action"], world.replicas) == ("none", 3), run
+        assert world.cluster.scales == []
 
 
 def test_a_crash_after_the_patch_still_reports_the_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,28 +654,28 @@ def test_a_crash_after_the_patch_still_reports_the_rescale(monkeypatch: pytest.M
         return (crash if method == "POST" else call_api)(client, method, *more, **named)
 
     monkeypatch.setattr(ApiClient, "call_api", crash_at_the_event)
-    with scaling_down() as scene:
-        run = scene.run()
+    with scaling_down() as world:
+        run = world.run()
         assert run.exit_code == 1 and "Traceback" in run.stdout, run
-        check_scaled(scene, run)
+        check_scaled(world, run)
 
 
 @pytest.mark.slow
 def test_a_module_that_cannot_be_imported_is_a_crash_like_any_other() -> None:
-    with scaling_up(process=True) as scene:
-        (scene.directory / "tenacity.py").write_text("raise RuntimeError('half installed')")
-        run = scene.run(PYTHONPATH=str(scene.directory))
+    with scaling_up(process=True) as world:
+        (world.directory / "tenacity.py").write_text("raise RuntimeError('half installed')")
+        run = world.run(PYTHONPATH=str(world.directory))
         assert run.exit_code == 1 and "half installed" in last_line(run), run
-        assert scene.replicas == 1
+        assert world.replicas == 1
 
 
 @pytest.mark.slow
 def test_a_termination_log_that_hangs_does_not_hold_the_run_up() -> None:
-    with scaling_up(process=True, TIMEOUT_SECONDS="2") as scene:
-        log = scene.directory / "a-pipe-that-nobody-reads"
+    with scaling_up(process=True, TIMEOUT_SECONDS="2") as world:
+        log = world.directory / "a-pipe-that-nobody-reads"
         os.mkfifo(log)
         begun = time.monotonic()
-        process = scene.start(log=log)
+        process = world.start(log=log)
         stdout, _ = process.communicate(timeout=60)
         assert "ScaledUp" in stdout
         assert time.monotonic() - begun < 2 + 2 + 1
@@ -686,36 +686,36 @@ def test_a_termination_log_that_hangs_does_not_hold_the_run_up() -> None:
 UNREADABLE = Fail(StatusCode.UNKNOWN, "as the test wants it")
 
 
-def failing_minutes(scene: Scene, minutes: int) -> list[tuple[int, str, int | None]]:
+def failing_minutes(world: FaultyWorld, minutes: int) -> list[tuple[int, str, int | None]]:
     """Exit code, reason and replicas of one run a minute while the queue is unreadable."""
     ends = []
     for _ in range(minutes):
-        run = scene.run()
+        run = world.run()
         last_line(run)
-        ends.append((run.exit_code, run.reason, scene.replicas))
-        scene.pass_time()
+        ends.append((run.exit_code, run.reason, world.replicas))
+        world.pass_time()
     return ends
 
 
 def test_the_fallback_adds_pods_after_its_time_and_ends_when_the_queue_is_back() -> None:
-    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as scene:
-        scene.queue.fault("count", UNREADABLE)
-        assert failing_minutes(scene, 1) == [(1, "QueueUnavailable", 1)]
-        assert scene.annotations == {"queue-failing-since": "2026-01-01T00:00:00Z"}
-        written = scene.resource_version
-        assert failing_minutes(scene, 2) == [(1, "QueueUnavailable", 1)] * 2
-        assert scene.resource_version == written, "the time is written once"
-        assert failing_minutes(scene, 3) == [(1, "Fallback", 2)] * 3
-        assert [(scale.before, scale.after) for scale in scene.cluster.scales] == [(1, 2)]
-        assert len(scene.cluster.events()) == 1
-        assert scene.annotations["last-scale"] == "up 1->2"
-        scene.queue.heal()
-        run = scene.run()
-        assert (run.exit_code, run.reason, scene.replicas) == (0, "ScaledUp", 3), run
-        assert "queue-failing-since" not in scene.annotations
+    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="180") as world:
+        world.queue.fault("count", UNREADABLE)
+        assert failing_minutes(world, 1) == [(1, "QueueUnavailable", 1)]
+        assert world.annotations == {"queue-failing-since": "2026-01-01T00:00:00Z"}
+        written = world.resource_version
+        assert failing_minutes(world, 2) == [(1, "QueueUnavailable", 1)] * 2
+        assert world.resource_version == written, "the time is written once"
+        assert failing_minutes(world, 3) == [(1, "Fallback", 2)] * 3
+        assert [(scale.before, scale.after) for scale in world.cluster.scales] == [(1, 2)]
+        assert len(world.cluster.events()) == 1
+        assert world.annotations["last-scale"] == "up 1->2"
+        world.queue.heal()
+        run = world.run()
+        assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 3), run
+        assert "queue-failing-since" not in world.annotations
 
 
 def test_a_denied_queue_falls_back_too_and_still_says_what_to_do() -> None:
-    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as scene:
-        scene.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, "no"))
-        assert failing_minutes(scene, 2) == [(2, "Forbidden", 1), (2, "Fallback", 2)]
+    with scaling_up(FALLBACK_REPLICAS="2", FALLBACK_AFTER_SECONDS="60") as world:
+        world.queue.fault("count", Fail(StatusCode.PERMISSION_DENIED, "no"))
+        assert failing_minutes(world, 2) == [(2, "Forbidden", 1), (2, "Fallback", 2)]

@@ -263,7 +263,7 @@ def said(proxy: ChaosProxy) -> str:
     ("mode", "more", "expected", "answered"),
     [
         ("refuse", {}, "ConnectionRefusedError", 0),
-        ("swallow", {}, "TimeoutError", 0),
+        ("hang", {}, "TimeoutError", 0),
         ("reset", {}, "ConnectionResetError", 0),
         ("reset", {"after_bytes": 3}, "ConnectionResetError", 3),
         ("drip", {"seconds": 0.05}, "hello", 5),

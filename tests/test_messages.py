@@ -28,12 +28,15 @@ from scaler import (
     Progress,
     QueueFailure,
     QueueLength,
+    ReplicaSet,
     Settings,
     decide,
     find_busy_pods,
     full_message,
+    make_fleet,
     parse_state,
     queue_failure,
+    removable,
     without_queue,
 )
 from tests.support import kubernetes
@@ -69,8 +72,10 @@ DECISIONS = [
      "AtTarget: 1 job waiting, 1 busy: 2 pods wanted; stays at 2 pods"),
     (SETTINGS, replace(observed(1), queue=QueueLength(1000, capped=True)),
      "ScaledUp: 1000 or more jobs waiting: 3 pods wanted, the maximum; scaled up from 1 to 3 pods"),
-    (SETTINGS, replace(observed(1), queue=QueueLength(1, oldest_seconds=725)),
-     "AtTarget: 1 job waiting for 12 min: 1 pod wanted, the minimum; stays at 1 pod"),
+    (SETTINGS, replace(observed(1), queue=QueueLength(1, oldest_seconds=120)),
+     "AtTarget: 1 job waiting for 2 min: 1 pod wanted, the minimum; stays at 1 pod"),
+    (SETTINGS, replace(observed(2), queue=QueueLength(2, oldest_seconds=119.9)),
+     "AtTarget: 2 jobs waiting, the oldest for 119 s: 2 pods wanted; stays at 2 pods"),
     (SETTINGS, replace(observed(3), queue=QueueLength(5, busy=2, oldest_seconds=7200)),
      "AtTarget: 5 jobs waiting, the oldest for 2 h, 2 busy: 3 pods wanted, the maximum; stays at 3 "
      "pods"),
@@ -138,6 +143,31 @@ def test_a_decision_without_the_queue_in_words(
 ) -> None:
     problem = QueueFailure("QueueUnavailable", "no answer", advice="wait a little")
     assert sentence(without_queue(settings, seen, problem)) == expected
+
+
+# Why no pod can go: replicas, what each ReplicaSet wants and says that it has, and which of the
+# three listed pods are busy.
+APPLIES = "the Deployment controller has not applied the last change yet"
+HELD = [
+    (3, [(3, 3)], "abc", ", as removing one would hit a busy pod"),
+    (3, [(3, 3), (1, 0)], "a", ", as a rollout is in progress and 1 pod is busy"),
+    (3, [(3, 3), (1, 0)], "ab", ", as a rollout is in progress and 2 pods are busy"),
+    (2, [(2, 3)], "a", ", as the last scale-down has not finished yet and 1 pod is busy"),
+    (2, [(3, 3)], "a", f", as {APPLIES} and 1 pod is busy"),
+    (2, [(3, 3)], "", f", as {APPLIES}, and a pod may be busy"),
+    (4, [(4, 4)], "", ", as only 3 of 4 pods were listed, and a pod may be busy"),
+]
+
+
+@pytest.mark.parametrize(("replicas", "sets", "busy", "because"), HELD)
+def test_why_no_pod_can_go_in_words(
+    replicas: int, sets: list[tuple[int, int]], busy: str, because: str
+) -> None:
+    wanted = [ReplicaSet(str(n), want, has) for n, (want, has) in enumerate(sets)]
+    live = [Pod(name, name, "1", "0", "node-a", (True, 2, True)) for name in "abc"]
+    fleet = make_fleet(replicas, True, wanted, live)
+    held = removable(fleet, replicas, frozenset(busy), -1)
+    assert (held.pods, held.because) == (0, because)
 
 
 # --- Warnings -------------------------------------------------------------------------------------
@@ -506,6 +536,12 @@ def rollout(world: World) -> Run:
     return world.run(**DOWN)
 
 
+def override(world: World) -> Run:
+    busy(world, "assignedPodId")
+    world.cluster.annotate("worker", **{scaler.PAUSED_REPLICAS: "0"})
+    return world.run(**DOWN)
+
+
 def busy(world: World, name: str) -> None:
     pod = world.cluster.pods("worker")[0]["metadata"]["name"]
     world.queue.put("jobs/1", {"status": "processing", name: pod, "attempt": 1})
@@ -519,12 +555,6 @@ def wrong_pod_field(world: World) -> Run:
 def two_writers(world: World) -> Run:
     world.cluster.scale("worker", 2, manager="keda")
     world.queue.fill(2)
-    return world.run()
-
-
-def no_record(world: World) -> Run:
-    world.queue.fill(3)
-    (world.directory / "termination-log").mkdir()
     return world.run()
 
 
@@ -564,6 +594,13 @@ RUNS: dict[str, tuple[Callable[[World], Run], list[str]]] = {
         "mean MIN_REPLICAS?",
         "INFO AutoScaler default/worker ScaleDownStabilized: 0 jobs waiting: 1 pod wanted, the "
         "minimum; stays at 3 pods for 300 s more (SCALE_DOWN_STABILIZATION_SECONDS=300)"]),
+    "paused-replicas below the busy pods": (override, [
+        "INFO AutoScaler default/worker Paused: queue-scaler/paused-replicas=0; scaled down from 3 "
+        "to 0 pods; 1 busy pod is among those removed"]),
+    "an emulator with a scheme": (
+        lambda world: world.run(FIRESTORE_EMULATOR_HOST="http://127.0.0.1:8080"), [
+        "ERROR AutoScaler worker InvalidSettings: FIRESTORE_EMULATOR_HOST='http://127.0.0.1:8080': "
+        "expected HOST:PORT, no scheme"]),
     "an unknown argument": (lambda world: world.run("--force"), [
         "ERROR AutoScaler worker InvalidSettings: unknown argument '--force': expected --dry-run, "
         "--help, --version"]),

@@ -86,12 +86,12 @@ def test_a_signal_before_the_imports_is_not_lost(process: World) -> None:
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """A metadata server that accepts and never answers."""
+    """A metadata server that accepts and never responds."""
     with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_an_order_waits_for_no_metadata_server(process: World, silent_server: str) -> None:
+def test_an_override_waits_for_no_metadata_server(process: World, silent_server: str) -> None:
     environ = process.environment(GCE_METADATA_HOST=silent_server, TIMEOUT_SECONDS="10")
     del environ["FIRESTORE_EMULATOR_HOST"]
     process.cluster.annotate("worker", **{ANNOTATION + "paused-replicas": "2"})
@@ -121,7 +121,7 @@ def test_a_record_that_cannot_be_written_is_a_warning(world: World) -> None:
     process = world.start(log=world.directory)
     stdout, _ = process.communicate()
     assert process.returncode == 0
-    assert "WARNING AutoScaler the result record was not written" in stdout
+    assert "WARNING AutoScaler default/worker: the result record was not written" in stdout
 
 
 def test_help_into_a_full_disk_is_no_crash(process: World, unwritable: int) -> None:

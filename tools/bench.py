@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("kubernetes", "google-cloud-firestore", "grpcio", "tenacity")
 FEW, MANY = 10, 20_000
-PODS = 3  # the most by default, so that no number of waiting jobs changes anything
+PODS = 3  # the maximum by default, so that no number of waiting jobs changes anything
+CROWDS = (PODS, 1_000, 5_000)
+REMOVED = 20
 
 # As the image runs it: by the module's name, which finds its byte-code.
 SCALER = ("-m", "scaler")
@@ -91,12 +93,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Servers:
-    """The servers' process as the measuring one sees it, with the environments of a busy-aware
-    run on a queue of 10 and of 20,000 waiting jobs."""
+    """The servers' process as the measuring one sees it, with the environments of busy-aware runs:
+    `few` and `many` have a queue of 10 and of 20,000 waiting jobs."""
 
     pipe: Connection
-    few: dict[str, str]
-    many: dict[str, str]
+    environs: Sequence[dict[str, str]]
+
+    @property
+    def few(self) -> dict[str, str]:
+        return self.environs[0]
+
+    @property
+    def many(self) -> dict[str, str]:
+        return self.environs[1]
 
     def seen(self) -> Seen:
         """What has come in at the fakes since this was last asked."""
@@ -106,20 +115,20 @@ class Servers:
 
 
 @contextmanager
-def servers() -> Iterator[Servers]:
+def servers(serve: Callable[..., None], *arguments: int) -> Iterator[Servers]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,), daemon=True)
+    process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield Servers(ours, *ours.recv())
+        yield Servers(ours, ours.recv())
     finally:
         ours.close()
         process.join()
 
 
-def serve(pipe: Connection) -> None:
+def serve_queues(pipe: Connection) -> None:
     """A cluster whose Deployment is as it should be, and the queues, until the pipe is closed."""
     from tests.support.firestore import FakeFirestore
     from tests.support.kubernetes import FakeKubernetes
@@ -139,8 +148,28 @@ def serve(pipe: Connection) -> None:
             {**environ, "FIRESTORE_EMULATOR_HOST": fake.host, "FIRESTORE_PROJECT": fake.project}
             for fake in fakes
         )
-        pipe.send((few, many))
+        pipe.send([few, many])
         answer_questions(pipe, cluster, fakes)
+
+
+def serve_crowd(pipe: Connection, pods: int) -> None:
+    """A cluster with so many pods, all busy but a few, until the pipe is closed."""
+    from tests.support.crowd import crowd
+    from tests.support.firestore import FakeFirestore
+    from tests.support.kubernetes import FakeKubernetes
+    from tests.support.world import BUSY, World
+
+    with ExitStack() as stack:
+        cluster = stack.enter_context(FakeKubernetes(tls=True, seed=1))
+        cluster.add_deployment("worker", replicas=0)
+        queue = stack.enter_context(FakeFirestore("bench-crowd"))
+        for name in crowd(cluster, pods)[min(REMOVED, pods - 1) :]:
+            queue.fill(1, "processing", assignedPodId=name)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = {"MAX_REPLICAS": str(pods), "SCALE_DOWN_STABILIZATION_SECONDS": "0"}
+        world = World(cluster, queue, settings=settings, directory=directory)
+        pipe.send([world.environment(BUSY_FILTER=BUSY, FIRESTORE_PROJECT=queue.project)])
+        answer_questions(pipe, cluster, [queue])
 
 
 def answer_questions(
@@ -192,8 +221,8 @@ class Cost:
 Runs = dict[str, list[Cost]]
 
 
-def run(command: Sequence[str], environ: Mapping[str, str]) -> Cost:
-    """One process, which has to find the Deployment as it should be."""
+def run(command: Sequence[str], environ: Mapping[str, str], reason: str = "AtTarget") -> Cost:
+    """One process, which has to end with this reason."""
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -208,7 +237,7 @@ def run(command: Sequence[str], environ: Mapping[str, str]) -> Cost:
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         said = output.read()
-    if process.returncode or "AtTarget" not in said:
+    if process.returncode or reason not in said:
         raise RuntimeError(f"{' '.join(command)[:60]} ended with {process.returncode}: {said}")
     unit = 1024**2 if sys.platform == "darwin" else 1024
     return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / unit)
@@ -273,18 +302,35 @@ def polling(python: str, servers: Servers) -> tuple[Cost, Seen, Cost, Seen]:
     return of_one, asked_by_one, of_many, servers.seen()
 
 
+def crowds(python: str) -> list[tuple[Cost, Seen]]:
+    """A scale-down by twenty, or of three pods by two, with all other pods busy."""
+    found = []
+    for pods in CROWDS:
+        with servers(serve_crowd, pods) as running:
+            running.seen()
+            cost = run((python, *SCALER), running.environs[0], "ScaledDown")
+            found.append((cost, running.seen()))
+    return found
+
+
 REACTION_INTERVAL = 2
 BURSTS = 20
+SCALE_UPS = 20
+INTERVALS = (2, 10)
+POLLING_TIMEOUT = 62  # as in cronjob.yaml
 
 
-def reaction_seconds() -> float:
-    """From a job's commit to the patch that answers it, the worst of twenty, at any moment of the
-    interval. Its servers are a process of its own, for the sake of this one's memory."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.reaction", str(REACTION_INTERVAL), str(BURSTS)],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout)
+def waits(*measures: Sequence[object]) -> list[float]:
+    """What tools/waits.py measures, all at once. Its servers are not in this process, for the sake
+    of this one's memory."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tools.waits", *map(str, measure)],
+            cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+        )
+        for measure in measures
+    ]  # fmt: skip
+    return [float(run.communicate()[0]) for run in runs]
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -355,7 +401,7 @@ def call_rows(found: Mapping[str, Seen]) -> Iterator[Row]:
         f"{reads['few']}; busy-aware {reads['few, busy-aware']}",
         f"{MANY:,} waiting: {reads['many']}; busy-aware {reads['many, busy-aware']}",
         "",
-        "1 a query",
+        "1 per query",
         billed_once,
     )
     plain, busy_aware = found["few"].api_calls, found["few, busy-aware"].api_calls
@@ -364,8 +410,8 @@ def call_rows(found: Mapping[str, Seen]) -> Iterator[Row]:
         f"{plain}; busy-aware {busy_aware}",
         "",
         "",
-        "1; 2",
-        (plain, busy_aware) == (1, 2),
+        "1; 3",
+        (plain, busy_aware) == (1, 3),
     )
 
 
@@ -378,10 +424,66 @@ def polling_rows(python: str, servers: Servers) -> Iterator[Row]:
     mine, other = many.memory_mebibytes, one.memory_mebibytes
     yield ratio(f"peak memory after {looks} looks", [mine], "one look", [other], "MiB", 1.10)
     a_look = f"{asked.api_calls / looks:g}"
-    yield Row("calls to the API server a look, busy-aware", a_look, "", "", "2", a_look == "2")
-    worst, goal = reaction_seconds(), REACTION_INTERVAL + 1
+    yield Row("calls to the API server per look, busy-aware", a_look, "", "", "3", a_look == "3")
+
+
+def wait_rows() -> Iterator[Row]:
+    [worst] = waits(("reaction", REACTION_INTERVAL, BURSTS))
+    goal = REACTION_INTERVAL + 1
     what = f"from a job to the patch, looking every {REACTION_INTERVAL} s"
     yield Row(what, f"{worst:.1f} s, worst of {BURSTS}", "", "", f"≤ {goal} s", worst <= goal)
+    gaps = waits(*(("gap", interval, POLLING_TIMEOUT) for interval in INTERVALS))
+    for interval, gap in zip(INTERVALS, gaps, strict=True):
+        what = f"between looks, across two runs, looking every {interval} s"
+        yield Row(what, f"{gap:.1f} s at most", "", "", f"≤ {interval + 1} s", gap <= interval + 1)
+    [late] = waits(("cooldowns", SCALE_UPS))
+    what = f"scale-ups at a cooldown of 120 s that took a third run, of {SCALE_UPS}"
+    yield Row(what, f"{late:g}", "", "", "0", late == 0)
+
+
+def crowd_rows(found: Sequence[tuple[Cost, Seen]]) -> Iterator[Row]:
+    """Most of the wall time is that of the servers, which are Python, too."""
+    (few, few_seen), *_, (many, many_seen) = found
+
+    def row(
+        what: str, show: Callable[[Cost, Seen], str], growth: float, goal: str, holds: bool
+    ) -> Row:
+        *others, last = [show(*one) for one in found]
+        against = [f"{pods:,}: {one}" for pods, one in zip(CROWDS, others, strict=False)]
+        what = f"scale-down by {REMOVED} of {CROWDS[-1]:,} pods, {what}"
+        return Row(what, last, "; ".join(against), f"{growth:.2f}", goal, holds)
+
+    memory, seconds, calls = many.memory_mebibytes, many.cpu_seconds, many_seen.api_calls
+    yield row(
+        "peak memory",
+        lambda cost, _: f"{cost.memory_mebibytes:.0f} MiB",
+        memory / few.memory_mebibytes,
+        "≤ 128 MiB",
+        memory <= 128,
+    )
+    yield row(
+        "processor (wall) time",
+        lambda cost, _: f"{cost.cpu_seconds:.1f} ({cost.wall_seconds:.1f}) s",
+        seconds / few.cpu_seconds,
+        "≤ 5 s",
+        seconds <= 5,
+    )
+    most = REMOVED + 7 + 2 * CROWDS[-1] // 500
+    yield row(
+        "calls to the API server",
+        lambda _, seen: str(seen.api_calls),
+        calls / few_seen.api_calls,
+        f"≤ {most}",
+        calls <= most,
+    )
+    queries = many_seen.queries
+    yield row(
+        "queries",
+        lambda _, seen: str(seen.queries),
+        queries / few_seen.queries,
+        f"≤ {CROWDS[-1] // 30 + 5}",
+        queries <= CROWDS[-1] // 30 + 5,
+    )
 
 
 def image_row() -> Row:
@@ -437,12 +539,14 @@ def main() -> int:
     )
     options = parser.parse_args()
     print(f"{machine()}\n{versions()}\nmedians of {options.rounds} rounds (lowest to highest)\n")
-    with servers() as running, tempfile.TemporaryDirectory() as directory:
+    with servers(serve_queues) as running, tempfile.TemporaryDirectory() as directory:
         python = lean_python(Path(directory))
         rows = [*cost_rows(costs(python, running, options.rounds))]
         rows.append(length_row(lengths(python, running, options.rounds)))
         rows += call_rows(calls(python, running))
         rows += polling_rows(python, running)
+        rows += crowd_rows(crowds(python))
+    rows += wait_rows()
     if not options.no_image:
         rows.append(image_row())
     print(f"{table(rows)}\n")

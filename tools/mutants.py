@@ -43,8 +43,11 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 
 SCRIPT = Path("scaler.py")
 EXPLAINED = Path("tests/mutants.md")
-SECTIONS = ("settings", "decision")
-TESTS = ("decide", "settings", "annotations", "schedule", "stabilization", "busy")
+SECTIONS = ("filters", "output and settings", "annotations", "decision", "removal")
+TESTS = (
+    "decide", "settings", "filters", "annotations", "schedule", "stabilization", "removal",
+    "messages", "busy",
+)  # fmt: skip
 AT_LEAST = 90
 LIBRARIES = ("google.cloud.firestore", "kubernetes.client", "kubernetes.config", "yaml")
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+import trustme
 
-ACCOUNT = "/computeMetadata/v1/instance/service-accounts/default/"
+ACCOUNTS = "/computeMetadata/v1/instance/service-accounts/"
+EMAIL = "scaler@demo.iam.gserviceaccount.com"
 TOKEN = {"access_token": "a-token", "expires_in": 3599, "token_type": "Bearer"}
 ISSUED = {**TOKEN, "issued_token_type": "urn:ietf:params:oauth:token-type:access_token"}
 
@@ -30,18 +26,22 @@ ISSUED = {**TOKEN, "issued_token_type": "urn:ietf:params:oauth:token-type:access
 class GoogleHttp:
     """A metadata server, as a pod on GKE has it, and a token service (STS), at one port.
 
-    It refuses connections until `listen`. `paths` are the requests that came in.
+    It refuses connections until `listen`, and tokens while `denies` is set. `paths` are the
+    requests that came in.
     """
 
     def __init__(self, project: str) -> None:
         self.paths: list[str] = []
-        answers: Mapping[str, object] = {
+        self.denies = threading.Event()
+        denies = self.denies
+        answers: dict[str, object] = {
             "/": "",
             "/computeMetadata/v1/project/project-id": project,
-            ACCOUNT: {"email": "scaler@demo.iam.gserviceaccount.com", "aliases": ["default"]},
-            f"{ACCOUNT}token": TOKEN,
             "/v1/token": ISSUED,
         }
+        for name in ("default", EMAIL):
+            account = {"email": EMAIL, "aliases": ["default"]}
+            answers |= {f"{ACCOUNTS}{name}/": account, f"{ACCOUNTS}{name}/token": TOKEN}
         paths = self.paths
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,8 @@ class GoogleHttp:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 path = self.path.partition("?")[0]
                 paths.append(path)
-                found = answers.get(path)
+                denied = denies.is_set() and path.endswith("/token")
+                found = None if denied else answers.get(path)
                 raw = found if isinstance(found, str) else json.dumps(found)
                 self.send_response(404 if found is None else 200)
                 self.send_header("Metadata-Flavor", "Google")
@@ -64,6 +65,7 @@ class GoogleHttp:
             def log_message(self, format: str, *args: object) -> None:
                 """Silent: `paths` is the log."""
 
+        self._listening = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
         self._server.server_bind()  # the port is ours, and nobody listens yet
         self.host = f"127.0.0.1:{self._server.server_port}"
@@ -77,7 +79,7 @@ class GoogleHttp:
         self._listening = True
 
     def __exit__(self, *_: object) -> None:
-        if self.__dict__.get("_listening"):
+        if self._listening:
             self._server.shutdown()
         self._server.server_close()
 
@@ -94,7 +96,10 @@ class ConnectProxy:
     def __init__(self, targets: Mapping[str, str]) -> None:
         self.asked: list[str] = []
         self._targets = targets
-        self._certificate, self._context = certificate_for(list(targets))
+        self._authority = trustme.CA()
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.set_alpn_protocols(["h2", "http/1.1"])
+        self._authority.issue_cert(*targets).configure_cert(self._context)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="connect-proxy")
 
@@ -114,7 +119,7 @@ class ConnectProxy:
     def environment(self, directory: Path, proxy: str = "https_proxy") -> dict[str, str]:
         """With the proxy's variable by this name, and trust in its certificates."""
         path = directory / "google.pem"
-        path.write_bytes(self._certificate)
+        self._authority.cert_pem.write_to_path(str(path))
         roots = dict.fromkeys(("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "REQUESTS_CA_BUNDLE"), str(path))
         return {proxy: f"http://{self.host}", "NO_PROXY": "127.0.0.1", **roots}
 
@@ -126,7 +131,7 @@ class ConnectProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with suppress(OSError, asyncio.IncompleteReadError):
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 head = await reader.readuntil(b"\r\n\r\n")
                 host = head.split()[1].decode().partition(":")[0]
                 self.asked.append(host)
@@ -147,27 +152,3 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
             writer.write(chunk)
             await writer.drain()
     writer.close()
-
-
-def certificate_for(hosts: list[str]) -> tuple[bytes, ssl.SSLContext]:
-    """A certificate for these hosts that vouches for itself (PEM), and a server's context."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "google")])
-    begin = datetime.now(UTC) - timedelta(days=1)
-    names = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(begin + timedelta(days=30))
-        .add_extension(names, critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    public = certificate.public_bytes(Encoding.PEM)
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # ssl reads keys from files alone
-        file.write(public + private)
-        file.flush()
-        context.load_cert_chain(file.name)
-    return public, context

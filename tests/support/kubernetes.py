@@ -434,7 +434,7 @@ class FakeKubernetes:
             _, old = self.controllers.deployments.new_and_old(deployment)
             before = max(old, key=lambda one: annotation(one, REVISION))
             own = {k: v for k, v in self.annotations(name).items() if k in OWN}
-            theirs = before["metadata"]["annotations"].items()
+            theirs = (before["metadata"].get("annotations") or {}).items()
             annotations = own | {key: value for key, value in theirs if key not in OWN}
 
             def change(obj: Object) -> None:

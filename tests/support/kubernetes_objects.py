@@ -415,8 +415,9 @@ class Store:
 
     def update(self, old: Object, new: Object, writer: Writer) -> Object:
         """Writes `new` over `old`, or nothing at all where nothing differs."""
-        new = copy.deepcopy(new)
-        meta = new["metadata"]
+        # No part of an object that is stored changes, so that objects may have parts in common.
+        meta = {**new["metadata"]}
+        new = {**new, "metadata": meta}
         meta |= {key: old["metadata"][key] for key in _SYSTEM if key in old["metadata"]}
         if not meta.get("annotations"):
             meta.pop("annotations", None)

@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Literal
 
-Mode = Literal["pass", "refuse", "swallow", "reset", "drip", "delay"]
+Mode = Literal["pass", "refuse", "hang", "reset", "drip", "delay"]
 
 CHUNK_BYTES = 65_536
 RST_AT_CLOSE = struct.pack("ii", 1, 0)
@@ -26,7 +26,7 @@ class ChaosProxy:
 
     pass     a good network
     refuse   nobody listens; connections that stand go on
-    swallow  accepts and reads, and lets nothing through in either direction
+    hang     accepts and reads, and lets nothing through in either direction
     reset    RST once `after_bytes` of a connection's answer have passed: with 0, the server has
              acted and its answer is lost; without, at the connect
     drip     one byte of the answer each `seconds`
@@ -109,7 +109,7 @@ class ChaosProxy:
 
     async def _ask(self, reader: asyncio.StreamReader, there: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(CHUNK_BYTES):
-            if self._mode != "swallow":
+            if self._mode != "hang":
                 there.write(chunk)
                 await there.drain()
         there.write_eof()
@@ -117,7 +117,7 @@ class ChaosProxy:
     async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed = 0
         while chunk := await there.read(CHUNK_BYTES):
-            while chunk and self._mode != "swallow":
+            while chunk and self._mode != "hang":
                 await asyncio.sleep(self._seconds)
                 left = max(0, (self._after_bytes or 0) - passed)
                 piece = chunk[: {"reset": left, "drip": 1}.get(self._mode)]
