@@ -1,0 +1,104 @@
+"""Findings of a hostile review, each as a test that fails while the bug is there."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterable
+
+import pytest
+
+from scaler import LEASE
+from tests.support.firestore import On
+from tests.support.kubernetes import Match, Request, hang
+from tests.support.world import BUSY, World
+
+EAGER = {
+    "BUSY_FILTER": BUSY,
+    "MAX_REPLICAS": "10",
+    "SCALE_DOWN_COOLDOWN_SECONDS": "0",
+    "SCALE_DOWN_STABILIZATION_SECONDS": "0",
+}
+PATCH = Match("patch", "deployments")
+
+
+def scales(request: Request) -> bool:
+    return PATCH(request) and "spec" in request.body
+
+
+def ends(request: Request) -> bool:
+    """The patch of a decision, whatever it changes."""
+    return PATCH(request) and (
+        scales(request) or request.body["metadata"]["annotations"].get(LEASE, "") is None
+    )
+
+
+@pytest.fixture
+def world(world: World) -> World:
+    world.settings = dict(EAGER)
+    world.cluster.scale("worker", 5)
+    return world
+
+
+def live(world: World) -> list[str]:
+    return [
+        str(pod["metadata"]["name"])
+        for pod in world.cluster.pods(world.name)
+        if "deletionTimestamp" not in pod["metadata"]
+    ]
+
+
+def hold(world: World, pods: Iterable[str]) -> None:
+    for pod in pods:
+        world.queue.put(f"jobs/of-{pod}", {"status": "processing", "assignedPodId": pod})
+
+
+def deliver(world: World, request: Request) -> int:
+    """A request whose client has given up, and that arrives all the same."""
+    url = f"{world.cluster.url}/apis/apps/v1/namespaces/default/deployments/worker"
+    late = urllib.request.Request(
+        f"{url}?fieldManager=queue-scaler",
+        json.dumps(request.body).encode(),
+        {
+            "Authorization": f"Bearer {world.cluster.admin_token}",
+            "Content-Type": "application/merge-patch+json",
+        },
+        method="PATCH",
+    )
+    try:
+        return int(urllib.request.urlopen(late).status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("claimed_at", [3, 4])
+def test_a_late_patch_meets_the_version_of_the_next_attempt(world: World, claimed_at: int) -> None:
+    """The first scale hangs on its way until the client gives up; a victim claims a job; the second
+    attempt, under the same lease, takes its mark away; then the first scale arrives."""
+    held = live(world)[:3]
+    hold(world, held)
+    world.cluster.fault(scales, hang())
+    answers: list[int] = []
+
+    def arrive(_: Request) -> None:
+        answers.append(deliver(world, world.cluster.calls(scales)[0]))
+
+    def hung(_: Request) -> None:
+        victim = world.cluster.calls(Match("patch", "pods"))[0].name
+        world.queue.hook(On("query", nth=claimed_at - 2), lambda _: hold(world, [victim]))
+        world.cluster.hook(ends, arrive)
+
+    world.cluster.hook(scales, hung, "after")
+    run = world.run(TIMEOUT_SECONDS="10")
+    assert not set(held) & set(world.cluster.deleted_pods), (answers, run)
+    assert answers == [409], run
+
+
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_busy_jobs_that_all_name_nothing_are_a_wrong_setting(world: World, nothing: object) -> None:
+    """As the field is there from the start, empty, and the workers write another one."""
+    for pod in live(world):
+        fields = {"status": "processing", "assignedPodId": nothing, "worker": pod}
+        world.queue.put(f"jobs/of-{pod}", fields)
+    run = world.run()
+    assert (run.exit_code, world.cluster.deleted_pods) == (2, []), run
