@@ -1418,6 +1418,7 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
     count = 0
     odd: list[str] = []
     unknown: list[str] = []
+    nameless: list[str] = []
     for path, value in jobs:
         shown = f"{quoted(getattr(value, 'path', value))} in {path}"
         if isinstance(value, str) and value in exact:
@@ -1425,25 +1426,33 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         elif found := set().union(*(recognize(text, forms, places) for text in texts(value))):
             odd.append(f"{shown} counts as {', '.join(sorted(found))}")
         else:
-            unknown.append(shown)
+            (unknown if any(texts(value)) else nameless).append(shown)
         busy |= found
         count += bool(found)
     warnings = []
     if odd:
-        jobs_name = "1 busy job does" if len(odd) == 1 else f"{len(odd)} busy jobs do"
         warnings.append(
-            f"{jobs_name} not hold the plain name of a pod in {name}: {odd[0]}; such a pod is not "
-            "removed, but its job may not be counted; store metadata.name from the downward API"
+            f"{busy_jobs(odd, 'does', 'do')} not hold the plain name of a pod in {name}: {odd[0]}; "
+            "such a pod is not removed, but its job may not be counted; store metadata.name from "
+            "the downward API"
+        )
+    if nameless:
+        warnings.append(
+            f"{busy_jobs(nameless, 'names', 'name')} no pod, such as {name}={nameless[0]}; "
+            "whichever pod works on it is not protected; set the field in the same write that "
+            "claims the job"
         )
     if unknown:
-        jobs_name, protect = "1 busy job names", "protects"
-        if len(unknown) > 1:
-            jobs_name, protect = f"{len(unknown)} busy jobs name", "protect"
         warnings.append(
-            f"{jobs_name} no live pod of the Deployment, such as {name}={unknown[0]}, and "
-            f"{protect} none; if that worker is gone, return its job to the queue"
+            f"{busy_jobs(unknown, 'names', 'name')} no live pod of the Deployment, such as "
+            f"{name}={unknown[0]}, and {'protects' if len(unknown) == 1 else 'protect'} none; if "
+            "that worker is gone, return its job to the queue"
         )
     return BusyPods(frozenset(busy), count, bool(odd), warnings=tuple(warnings))
+
+
+def busy_jobs(found: Sequence[str], one: str, many: str) -> str:
+    return f"1 busy job {one}" if len(found) == 1 else f"{len(found)} busy jobs {many}"
 
 
 def texts(value: object) -> Iterator[str]:
@@ -1794,9 +1803,10 @@ class JobQueue:
         def read(query: Any, **call: Any) -> list[tuple[str, object]]:
             def value(job: Any) -> object:
                 try:
-                    return job.get(name)
+                    found: object = job.get(name)
                 except KeyError:
                     return missing
+                return found if any(texts(found)) else missing
 
             rows = query.limit(limit).select([name]).stream(**call)
             return [(job.reference.path, value(job)) for job in rows]

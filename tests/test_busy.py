@@ -921,3 +921,15 @@ def test_no_busy_pod_is_killed_over_many_patterns(queue: FakeFirestore, tmp_path
 
     scale_down()
     assert scaled_down > 20, "or it proves little"
+
+
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_busy_jobs_of_which_none_names_a_pod_are_a_wrong_setting(
+    world: World, nothing: object
+) -> None:
+    """As the field is there from the start, empty, and the workers write another one."""
+    for pod in live(world):
+        fields = {"status": "processing", "assignedPodId": nothing, "worker": pod}
+        world.queue.put(f"jobs/of-{pod}", fields)
+    run = world.run()
+    assert (run.exit_code, world.cluster.deleted_pods) == (2, []), run

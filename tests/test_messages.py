@@ -236,7 +236,10 @@ WARNINGS = [
     (busy_jobs(("jobs/1", "gone")),
      "1 busy job names no live pod of the Deployment, such as assignedPodId='gone' in jobs/1, and "
      "protects none; if that worker is gone, return its job to the queue"),
-    (busy_jobs(("jobs/1", "gone"), ("jobs/2", "")),
+    (busy_jobs(("jobs/1", "")),
+     "1 busy job names no pod, such as assignedPodId='' in jobs/1; whichever pod works on it is "
+     "not protected; set the field in the same write that claims the job"),
+    (busy_jobs(("jobs/1", "gone"), ("jobs/2", "lost")),
      "2 busy jobs name no live pod of the Deployment, such as assignedPodId='gone' in jobs/1, and "
      "protect none; if that worker is gone, return its job to the queue"),
     (lambda: scaler.unmatched_times("WAITING_FILTER", ((("at", "<=", "2026-01-01T00:00:00Z"),),)),

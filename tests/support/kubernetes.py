@@ -281,13 +281,15 @@ class FakeKubernetes:
 
     # Faults
 
-    def fault(self, match: Match, how: Behaviour, times: int | None = 1, nth: int = 1) -> None:
+    def fault(
+        self, match: Callable[[Request], bool], how: Behaviour, times: int | None = 1, nth: int = 1
+    ) -> None:
         """Lets matching requests go wrong; the fault set first wins."""
         self._faults.append(Rule(match, how, times, nth))
 
     def hook(
         self,
-        match: Match,
+        match: Callable[[Request], bool],
         call: Callable[[Request], object],
         when: Literal["before", "after"] = "before",
         times: int | None = 1,
@@ -497,6 +499,6 @@ class FakeKubernetes:
         with self.store.lock:
             return copy.deepcopy(self.store.find("events", "default"))
 
-    def calls(self, match: Match) -> list[Request]:
+    def calls(self, match: Callable[[Request], bool]) -> list[Request]:
         """The requests so far that match."""
         return [request for request in list(self.requests) if match(request)]
