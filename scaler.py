@@ -1844,12 +1844,13 @@ class JobQueue:
         )
         shown = ", ".join(f"`{name}`" for name in names[:5]) or "no field at all"
         name = self._settings.busy_pod_field
-        many = "the busy job has" if count == 1 else f"none of {count} busy jobs has"
-        no = "no" if count == 1 else "a"
+        none = (
+            "the busy job names no pod" if count == 1 else f"none of {count} busy jobs names a pod"
+        )
         raise Failure(
             "InvalidSettings",
-            f"{many} {no} field `{name}` (BUSY_POD_FIELD), so that it is unknown which pods are "
-            f"busy",
+            f"{none} in the field `{name}` (BUSY_POD_FIELD), so that it is unknown which pods are "
+            "busy",
             advice=f"set BUSY_POD_FIELD to the field with the pod's name; a busy job has {shown}",
             exit_code=2,
         )

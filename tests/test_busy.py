@@ -182,7 +182,7 @@ def test_the_wrong_pod_field_removes_nothing_and_names_a_right_one(either: Eithe
     jobs.put("jobs/1", job)
     run = world.run(BUSY_POD_FIELD="podName")
     assert (run.exit_code, run.reason, world.replicas) == (2, "InvalidSettings", 5), run
-    assert "no field `podName` (BUSY_POD_FIELD)" in run.record["message"], run
+    assert "no pod in the field `podName` (BUSY_POD_FIELD)" in run.record["message"], run
     assert "a busy job has `assignedPodId`, `attempt`" in run.record["message"], run
     assert patched(world) == []
 
