@@ -588,7 +588,8 @@ RUNS: dict[str, tuple[Callable[[World], Run], list[str]]] = {
         "minimum; stays at 3 pods, as a rollout is in progress and 1 pod is busy"]),
     "the wrong pod field": (wrong_pod_field, [
         "ERROR AutoScaler default/worker InvalidSettings: the busy job names no pod in the "
-        "field `assignedPodId` (BUSY_POD_FIELD), so that it is unknown which pods are busy; stays at 3 "
+        "field `assignedPodId` (BUSY_POD_FIELD), so that it is unknown which pods are busy; "
+        "stays at 3 "
         "pods; set BUSY_POD_FIELD to the field with the pod's name; a busy job has `pod`, "
         "`attempt`, `status`"]),
     "two writers": (two_writers, [
