@@ -835,7 +835,9 @@ def parse_state(
     longest = timedelta(seconds=settings.timeout_seconds + 60)
     if LEASE in values and values[LEASE].until > now + longest:
         problems[LEASE] = "further ahead than a run can last: counts as absent"
-    for name in restored & READERS.keys() & annotations.keys():
+    if LEASE in restored:  # nobody's, and nothing that anyone could do about
+        values.pop(LEASE, None)
+    for name in (restored & READERS.keys() & annotations.keys()) - {LEASE}:
         applied = (
             "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
         )
@@ -1597,6 +1599,7 @@ ADVICE = {
     "INVALID_ARGUMENT": "check QUEUE_COLLECTION, WAITING_FILTER, BUSY_FILTER and BUSY_POD_FIELD",
     "FAILED_PRECONDITION": "check FIRESTORE_DATABASE and the filters",
 }
+BUSY_JOBS = 5_000  # read at most, or twice the pods
 METADATA = "Google's metadata server did not respond while looking for credentials"
 
 
@@ -1797,7 +1800,7 @@ class JobQueue:
         """
         settings = self._settings
         name = settings.busy_pod_field
-        limit = max(1000, 2 * len(live))
+        limit = max(BUSY_JOBS, 2 * len(live))
         missing = object()
 
         def read(query: Any, **call: Any) -> list[tuple[str, object]]:
@@ -2588,7 +2591,7 @@ class Look:
             # The number is set in any case: pods that became idle go in place of those spared.
             count = len(fleet.pods) - (decision.replicas or 0)
             chosen = choose_victims(fleet.pods, busy.names, count)
-            until = time.monotonic() + self.progress.deadline.left() / 2
+            until = time.monotonic() + min(self.progress.deadline.left(), FRESH_SECONDS) / 2
             self.set_costs([pod for pod in chosen if pod.cost != cost], cost, until=until)
         return decision
 
@@ -2704,6 +2707,10 @@ class Look:
         warnings = tuple(self.warnings)
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
+            for late in self.pending:
+                scale = f"the scale from {late.current} to {late.replicas} got no response"
+                text = f"{scale}, and may still be applied; the next look will check"
+                decision = replace(decision, warnings=(*decision.warnings, text))
             return decision
         if decision.change < 0 and self.is_outdated():
             problem = "the read of the queue is too old to remove pods by"

@@ -195,8 +195,11 @@ def test_one_busy_job_with_the_pod_field_is_enough(world: World) -> None:
     assert live(world) == [busy] and "assignedPodId=None in jobs/1" in run.stdout, run
 
 
-def test_many_busy_jobs_that_name_no_live_pod_hide_no_busy_one(world: World) -> None:
+def test_many_busy_jobs_that_name_no_live_pod_hide_no_busy_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than are read at once: those of the live pods are then read by name."""
+    monkeypatch.setattr(scaler, "BUSY_JOBS", 1000)
     busy = live(world)[4]
     for number in range(1100):
         lost = {"status": "processing", "assignedPodId": f"gone-{number}"}
