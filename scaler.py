@@ -743,7 +743,7 @@ def read_pause(value: str) -> bool:
 
 @dataclass(frozen=True)
 class Lease:
-    """Which run may set deletion costs: until when, the cost it sets, and the run's own token."""
+    """Which look may set deletion costs: until when, the cost it sets, and its token."""
 
     until: datetime
     cost: int
@@ -2270,12 +2270,12 @@ class Cluster:
         annotations = {DELETION_COST: None if cost is None else str(cost)}
         body = {"metadata": {"annotations": annotations, "resourceVersion": pod.version}}
         try:
-            after = self._retried("setting a pod's deletion cost", parse_pod, pod.name, body)
+            self._retried("setting a pod's deletion cost", dict, pod.name, body)
         except Failure as failure:
             if failure.status == 404:
                 return None
             raise
-        return after
+        return replace(pod, cost=cost or 0)
 
     def patch_deployment(self, body: Mapping[str, Any]) -> Deployment:
         """One merge patch, and the Deployment after it. It is not repeated here: if it fails with
@@ -2433,7 +2433,7 @@ class Look:
     """One look at the Deployment and the queue: read, decide, choose victims, set their deletion
     costs, read again, patch.
 
-    `token` is this run's, in the leases that it takes. `pending` are the decisions whose patch may
+    `token` is this look's, in the leases that it takes. `pending` are the decisions whose patch may
     or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
     what its annotations said at the start of the attempt. `leased`: this look has the lease;
     `verified`: when, on the monotonic clock and the wall's, this attempt had read all again.
@@ -2450,10 +2450,10 @@ class Look:
         progress: Progress,
         log: Log,
         now: datetime,
-        token: str,
     ) -> None:
         self.settings, self.cluster, self.queue = settings, cluster, queue
-        self.progress, self.log, self.now, self.token = progress, log, now, token
+        self.progress, self.log, self.now = progress, log, now
+        self.token = os.urandom(4).hex()
         self.pending: list[Decision] = []
         self.warnings: list[str] = []
         self.began = time.monotonic()
@@ -2485,7 +2485,7 @@ class Look:
                 return self.finish(decision)
         # A scale that is still on its way must meet another resourceVersion: the lease anew.
         progress.in_doubt = bool(self.pending)
-        self.leased = self.leased and not self.pending and self.is_own_lease()
+        self.leased = self.is_own_lease() and not self.pending
         owners, now = deployment.replicas_owners, self.now
         self.state = parse_state(deployment.annotations, settings, now, deployment.restored)
         self.warnings = list(self.state.warnings)
@@ -2959,7 +2959,6 @@ def poll(
     report.polling = interval is not None
     # The clients give up a little before the watchdog would, as they can say more.
     run_end, margin = report.started + total, min(1.0, total / 10)
-    token = os.urandom(4).hex()
     delay_end: datetime | None = None
     while True:
         began = time.monotonic()
@@ -2971,7 +2970,7 @@ def poll(
         if delay_end and delay_end <= now < delay_end + timedelta(seconds=1):
             now = delay_end
         queue = JobQueue(settings, firestore, progress, now, log)
-        look = Look(settings, Cluster(api, progress, log), queue, progress, log, now, token)
+        look = Look(settings, Cluster(api, progress, log), queue, progress, log, now)
         decision = guarded(report, look.take)
         late = progress.deadline.overslept()
         if late and decision.exit_code:  # what failed may only have been late
