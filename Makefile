@@ -31,8 +31,8 @@ simulate: $(RUNTIME) ## try other settings on last week's jobs: make simulate AR
 test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="-k cooldown"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(DEV) ## the others, in minutes: processes, the Firestore emulator, the image, the pages
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: $(DEV) ## the other tests, in minutes, several files at a time: processes, the emulator, the image
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile $(ARGS)
 
 mutants: $(MUTANTS) ## change scaler.py in one place at a time: does a test fail? ARGS="--sample 100"
 	@$(BIN)/python -m tools.mutants $(ARGS)
