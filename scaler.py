@@ -21,7 +21,7 @@ nothing was removed; 2, you have to fix something first; 143, interrupted.
 #   failures             why a look ends early
 #   filters              what a job has to match
 #   output and settings  environment variables; a new setting is one field of Settings
-#   annotations          what the Deployment's annotations say: state and pauses
+#   annotations          what the Deployment says: state, pauses, and who wrote them
 #   decision             pure: decide() and one function per rule; a new rule goes here
 #   removal              pure: whose pods, which of them are busy, which may go
 #   deadline             the time of a look, and how far it has come
@@ -862,6 +862,75 @@ def parse_state(
             warnings.append(f"the annotation {name} is unknown to the scaler: {meant}")
     named = {name.removeprefix(ANNOTATION).replace("-", "_"): v for name, v in given.items()}
     return State(**named, expired=expired, warnings=tuple(sorted(warnings)))
+
+
+def expect(kind: type[T], found: Any) -> T:
+    """A part of a response that is of this kind. Raises ValueError if it is not."""
+    if not isinstance(found, kind):
+        raise ValueError(f"expected {kind.__name__}, not {quoted(found)}")
+    return found
+
+
+def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """The fields under a path that an entry of managedFields owns."""
+    node = entry.get("fieldsV1") or {}
+    for key in path:
+        node = node.get(key) or {}
+    return expect(dict, node)
+
+
+# The commands with which people edit have names of their own.
+EDITORS = re.compile(r"kubectl-(annotate|edit|patch|replace|client-side-apply)|" + FIELD_MANAGER)
+BARE_CLIENT = re.compile(r"(kubectl|oc)(\.exe)?|k9s")
+
+
+def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[str]:
+    """Our annotations that a rollback brought back.
+
+    A rollback writes the annotations and the pod template of an older ReplicaSet in one Update,
+    under the bare name of the client. If it only removed fields of the template, the name alone
+    tells. Whoever created the Deployment wrote both, too.
+
+    The time of the last scale is read as it is: an older one holds nothing up for longer.
+    """
+    undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
+    for entry in managed:
+        manager = str(entry.get("manager"))
+        update = entry.get("operation") == "Update" and not entry.get("subresource")
+        edited = EDITORS.fullmatch(manager) or entry.get("time") == created
+        whole = owned(entry, "f:spec", "f:template") or BARE_CLIENT.fullmatch(manager)
+        names = undone if update and not edited and whole else others
+        names.update(owned(entry, "f:metadata", "f:annotations"))
+    ours = (name.removeprefix("f:") for name in undone - others)
+    return frozenset(name for name in ours if name.startswith(ANNOTATION))
+
+
+# Clients that a person acts with: kubectl and oc under any name, consoles, desktop programs, and
+# browsers and libraries that web consoles call themselves.
+PEOPLE = re.compile(
+    r"(?i)(kubectl|oc|k9s|kubecolor|headlamp|rancher|mozilla|node-fetch|okhttp|octant|aptakube)"
+    r"([-._].*)?|.*(lens|dashboard|console).*"
+)
+
+
+def other_writer(owners: Sequence[Mapping[str, Any]], last_scale: datetime | None) -> str | None:
+    """Who sets `spec.replicas` besides this scaler, if it is not a person.
+
+    Whoever created the Deployment owns the field, too: only a change after the scaler's own, or
+    one through the scale subresource, is a second writer's.
+    """
+    last = max(owners, key=lambda entry: str(entry.get("time") or ""), default={})
+    manager, at = str(last.get("manager")), str(last.get("time") or "")
+    ours = FIELD_MANAGER in {entry.get("manager") for entry in owners}
+    if not last or ours or PEOPLE.fullmatch(manager):
+        return None
+    if last.get("subresource") == "scale":
+        manager += " through the scale subresource"
+        if "controller-manager" in manager:
+            manager = f"a HorizontalPodAutoscaler ({manager})"
+    elif last_scale is None or at <= write_time(last_scale):
+        return None
+    return manager + (at and f" at {at}")
 
 
 # ---------------------------------------------------------------------------------- decision
@@ -1997,13 +2066,6 @@ class Deployment:
     replicas_owners: Sequence[Mapping[str, Any]]
 
 
-def expect(kind: type[T], found: Any) -> T:
-    """A part of a response that is of this kind. Raises ValueError if it is not."""
-    if not isinstance(found, kind):
-        raise ValueError(f"expected {kind.__name__}, not {quoted(found)}")
-    return found
-
-
 def parse_deployment(answer: Any) -> Deployment:
     """Raises what reading a dict wrongly raises if the response is not what the API has."""
     metadata, spec, status = answer["metadata"], answer["spec"], answer.get("status") or {}
@@ -2032,68 +2094,6 @@ def selector_string(selector: Any) -> str:
         # It would select every pod of the namespace; the API allows no such Deployment.
         raise ValueError("the Deployment has no selector")
     return ",".join(words)
-
-
-def owned(entry: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """The fields under a path that an entry of managedFields owns."""
-    node = entry.get("fieldsV1") or {}
-    for key in path:
-        node = node.get(key) or {}
-    return expect(dict, node)
-
-
-# The commands with which people edit have names of their own.
-EDITORS = re.compile(r"kubectl-(annotate|edit|patch|replace|client-side-apply)|" + FIELD_MANAGER)
-BARE_CLIENT = re.compile(r"(kubectl|oc)(\.exe)?|k9s")
-
-
-def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[str]:
-    """Our annotations that a rollback brought back.
-
-    A rollback writes the annotations and the pod template of an older ReplicaSet in one Update,
-    under the bare name of the client. If it only removed fields of the template, the name alone
-    tells. Whoever created the Deployment wrote both, too.
-
-    The time of the last scale is read as it is: an older one holds nothing up for longer.
-    """
-    undone, others = set[str](), {f"f:{LAST_SCALE_TIME}", f"f:{LAST_SCALE}"}
-    for entry in managed:
-        manager = str(entry.get("manager"))
-        update = entry.get("operation") == "Update" and not entry.get("subresource")
-        edited = EDITORS.fullmatch(manager) or entry.get("time") == created
-        whole = owned(entry, "f:spec", "f:template") or BARE_CLIENT.fullmatch(manager)
-        names = undone if update and not edited and whole else others
-        names.update(owned(entry, "f:metadata", "f:annotations"))
-    ours = (name.removeprefix("f:") for name in undone - others)
-    return frozenset(name for name in ours if name.startswith(ANNOTATION))
-
-
-# Clients that a person acts with: kubectl and oc under any name, consoles, desktop programs, and
-# browsers and libraries that web consoles call themselves.
-PEOPLE = re.compile(
-    r"(?i)(kubectl|oc|k9s|kubecolor|headlamp|rancher|mozilla|node-fetch|okhttp|octant|aptakube)"
-    r"([-._].*)?|.*(lens|dashboard|console).*"
-)
-
-
-def other_writer(owners: Sequence[Mapping[str, Any]], last_scale: datetime | None) -> str | None:
-    """Who sets `spec.replicas` besides this scaler, if it is not a person.
-
-    Whoever created the Deployment owns the field, too: only a change after the scaler's own, or
-    one through the scale subresource, is a second writer's.
-    """
-    last = max(owners, key=lambda entry: str(entry.get("time") or ""), default={})
-    manager, at = str(last.get("manager")), str(last.get("time") or "")
-    ours = FIELD_MANAGER in {entry.get("manager") for entry in owners}
-    if not last or ours or PEOPLE.fullmatch(manager):
-        return None
-    if last.get("subresource") == "scale":
-        manager += " through the scale subresource"
-        if "controller-manager" in manager:
-            manager = f"a HorizontalPodAutoscaler ({manager})"
-    elif last_scale is None or at <= write_time(last_scale):
-        return None
-    return manager + (at and f" at {at}")
 
 
 def controller_of(metadata: Any, kind: str) -> str | None:
