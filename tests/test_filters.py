@@ -540,3 +540,46 @@ def test_the_trap_is_found_in_one_of_several_alternatives(world: World) -> None:
     fill(world.queue, {"lost": {"status": "processing", "leaseUntil": START - MINUTE}})
     [warning] = warnings(world.run("--dry-run", WAITING_FILTER=json.dumps(trap)))
     assert "timestampValue" in warning
+
+
+# --- How alternatives are asked -----------------------------------------------------------------
+
+A, B = ("a", "==", 1), ("b", "==", 2)
+
+
+@pytest.mark.parametrize("op", ["<", "<=", ">", ">=", "!="])
+def test_an_inequality_gets_a_query_of_its_own(op: str) -> None:
+    """Firestore would leave out the jobs without its field."""
+    other = ("c", op, 3)
+    signs = {question: sign for sign, question in scaler.signed_union(((A,), (other,), (B,)))}
+    assert signs == {(((A,), (B,)),): 1, (((other,),),): 1, (((A,), (B,)), ((other,),)): -1}
+
+
+def test_alternatives_that_exclude_each_other_have_nothing_to_subtract() -> None:
+    fresh, lost = (("s", "==", "waiting"),), (("s", "==", "processing"), ("lease", "<", 1))
+    assert [sign for sign, _ in scaler.signed_union((fresh, lost))] == [1, 1]
+
+
+def test_a_reference_may_have_slashes_around_it() -> None:
+    assert scaler.reference_value("/lanes/fast/") == scaler.Reference("lanes/fast")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ('[["a", "==", {"referenceValue": "lanes"}]]',
+         "referenceValue 'lanes': expected a document path such as lanes/fast: an even number of "
+         "segments"),
+        ('[[["a", "==", 1]], ["a", "==", 1]]',
+         "a list of such lists has no condition, and no empty list, beside them"),
+        ('[["a", "not-in", [1]], ["b", "in", [1]]]',
+         "Firestore cannot combine not-in with alternatives, in or any"),
+        ('[["a", "==", {"timestampValue": "now", "x": 1}]]',
+         "{'timestampValue': 'now', 'x': 1}: expected timestampValue alone"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_in_words(raw: str, said: str) -> None:
+    with pytest.raises(ValueError, match="expected a JSON list") as refused:
+        scaler.filters(raw)
+    form = 'expected a JSON list of [field, op, value], such as [["status", "==", "waiting"]]'
+    assert str(refused.value) == f"{form}; {said}"
