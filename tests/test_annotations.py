@@ -313,3 +313,11 @@ def test_a_dry_run_decides_and_changes_nothing(world: World) -> None:
         assert run.record["dryRun"] is True and run.record["action"] == "scale-up"
         assert run.record["replicas"] == 1 and "dry run" in run.stdout
     assert world.resource_version == before and world.cluster.events() == []
+
+
+def test_a_restored_lease_is_dropped_silently() -> None:
+    """Nobody could act on a warning."""
+    lease = f"{scaler.write_time(START + timedelta(seconds=30))} -189388800 abcd1234"
+    for restored in (frozenset[str](), frozenset([scaler.LEASE])):
+        state = scaler.parse_state({scaler.LEASE: lease}, SETTINGS, START, restored)
+        assert (state.scale_down_lease is None) is bool(restored) and not state.warnings

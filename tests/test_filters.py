@@ -560,6 +560,12 @@ def test_alternatives_that_exclude_each_other_have_nothing_to_subtract() -> None
     assert [sign for sign, _ in scaler.signed_union((fresh, lost))] == [1, 1]
 
 
+@pytest.mark.parametrize("text", ["now-800000d", "now+8000000d", "now-999999999d"])
+def test_a_time_that_no_calendar_holds_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected now"):
+        scaler.timestamp_value(text)
+
+
 def test_a_reference_may_have_slashes_around_it() -> None:
     assert scaler.reference_value("/lanes/fast/") == scaler.Reference("lanes/fast")
 

@@ -45,8 +45,8 @@ SCRIPT = Path("scaler.py")
 EXPLAINED = Path("tests/mutants.md")
 SECTIONS = ("filters", "output and settings", "annotations", "decision", "removal")
 TESTS = (
-    "decide", "settings", "filters", "annotations", "schedule", "stabilization", "removal",
-    "messages", "busy",
+    "decide", "settings", "filters", "annotations", "other_writers", "schedule", "stabilization",
+    "removal", "messages", "busy", "pages",
 )  # fmt: skip
 AT_LEAST = 90
 LIBRARIES = ("google.cloud.firestore", "kubernetes.client", "kubernetes.config", "yaml")
