@@ -578,6 +578,9 @@ def test_a_reference_may_have_slashes_around_it() -> None:
          "segments"),
         ('[[["a", "==", 1]], ["a", "==", 1]]',
          "a list of such lists has no condition, and no empty list, beside them"),
+        ('[["a", "=", 1]]',
+         "'=' is not one of the operators ==, !=, <, <=, >, >=, in, not-in, array-contains, "
+         "array-contains-any, array_contains, array_contains_any"),
         ('[["a", "not-in", [1]], ["b", "in", [1]]]',
          "Firestore cannot combine not-in with alternatives, in or any"),
         ('[["a", "==", {"timestampValue": "now", "x": 1}]]',

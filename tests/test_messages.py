@@ -690,3 +690,8 @@ def test_a_hint_that_cannot_be_read_costs_nothing(world: World) -> None:
     world.queue.fault("query", Fail(StatusCode.PERMISSION_DENIED))
     run = world.run()
     assert (run.exit_code, run.reason, run.stdout.count("\n")) == (0, "AtTarget", 1), run
+
+
+def test_a_line_without_a_deployment_names_none(capsys: pytest.CaptureFixture[str]) -> None:
+    scaler.Log(scaler.read_output({}), lambda: START).line("WARNING", "something")
+    assert capsys.readouterr().out == "2026-01-01T00:00:00Z WARNING AutoScaler: something\n"

@@ -436,3 +436,10 @@ def test_a_plain_name_is_busy_without_a_warning() -> None:
 def test_no_value_is_an_error(value: object) -> None:
     found = find_busy_pods([W1, W2], [("jobs/1", value)], "pod")
     assert len(found.warnings) == 1 and len(found.warnings[0]) < 500
+
+
+def test_a_cost_that_a_run_has_set_does_not_order_victims() -> None:
+    """As 0.2.0 left the highest one on pods that were busy then."""
+    left = replace(A, cost=2**31 - 1, own_cost=True, node="a")
+    kept = replace(B, cost=5, node="b")
+    assert [one.name for one in choose_victims([kept, left], (), 1)] == ["a"]
