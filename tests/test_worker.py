@@ -235,7 +235,7 @@ def test_a_worker_does_the_waiting_jobs_and_ends_when_told(workers: Workers, job
     assert values(jobs, "assignedPodId") == {"pod-a": 3, None: 1}
     assert values(jobs, "leaseUntil") == {None: 4}
     process.terminate()
-    assert process.wait(1) == 0
+    assert process.wait(5) == 0
     logged = re.findall(r"^\S+ \S+ INFO (jobs/\S+): done after \d+\.\d s$", workers.said, re.M)
     assert sorted(logged) == ["jobs/000", "jobs/001", "jobs/002"], workers.said
     assert len(workers.said.splitlines()) == 3, workers.said
@@ -248,7 +248,7 @@ def test_a_job_that_always_fails_ends_as_failed(workers: Workers, jobs: Client) 
     wait_until(lambda: values(jobs) == {"failed": 1, "done": 3})
     assert workers.worked.count("0 pod-a") == 2
     assert values(jobs, "attempts") == {2: 1, 1: 3}
-    assert workers.said.count("AssertionError: broken") == 2, workers.said
+    wait_until(lambda: workers.said.count("AssertionError: broken") == 2)
 
 
 def test_a_job_that_always_kills_its_worker_ends_as_failed(workers: Workers, jobs: Client) -> None:
@@ -260,13 +260,13 @@ def test_a_job_that_always_kills_its_worker_ends_as_failed(workers: Workers, job
         process.kill()
         process.wait()
     workers.start("pod-a", MAX_ATTEMPTS="2")
-    wait_until(lambda: values(jobs) == {"failed": 1})
+    wait_until(lambda: "jobs/000: failed" in workers.said)
+    assert values(jobs) == {"failed": 1}
     assert workers.worked == ["0 pod-a"] * 2
-    assert "jobs/000: failed" in workers.said
 
 
 def test_a_container_that_restarts_takes_back_its_own_job(workers: Workers, jobs: Client) -> None:
-    fill(jobs, range(1), seconds=1)
+    fill(jobs, range(1), seconds=2)
     other = {"status": "processing", "leaseUntil": datetime.now(UTC) + timedelta(hours=1)}
     jobs.document("jobs/of-another").set({**other, "assignedPodId": "pod-b"})
     first = workers.start("pod-a")
@@ -298,7 +298,7 @@ def test_an_outage_ends_no_worker(workers: Workers, jobs: Client) -> None:
         wait_until(lambda: values(jobs) == {"done": 2})
         assert workers.worked == ["0 pod-a", "1 pod-a"]
         process.terminate()
-        assert process.wait(1) == 0
+        assert process.wait(5) == 0
 
 
 def test_the_end_of_a_job_is_written_in_spite_of_an_error(workers: Workers, jobs: Client) -> None:
@@ -334,7 +334,7 @@ def test_on_sigterm_at_any_time_an_idle_worker_ends_at_once(workers: Workers, jo
         process.terminate()
         job = jobs.document(f"{collection}/1")
         job.set({"status": "waiting", "number": tenths, "seconds": 60})
-        assert process.wait(1) == 0, f"{tenths} tenths"
+        assert process.wait(5) == 0, f"{tenths} tenths"
         return job.get().to_dict() == {"status": "waiting", "number": tenths, "seconds": 60}
 
     with ThreadPoolExecutor(4) as threads:
@@ -375,15 +375,16 @@ def test_to_lose_a_race_for_a_job_is_normal(workers: Workers, jobs: Client) -> N
         wait_until(lambda n=number: values(jobs) == {"done": n + 1})  # type: ignore[misc]
     assert len(workers.worked) == 5, "each job was begun once"
     assert [process.poll() for process in rivals] == [None] * 4, workers.said
+    wait_until(lambda: workers.said.count(": done after") == 5)
     assert len(workers.said.splitlines()) == 5, workers.said
 
 
 def test_a_job_three_times_as_long_as_its_lease_stays_with_its_worker(
     workers: Workers, jobs: Client
 ) -> None:
-    fill(jobs, range(1), seconds=6)
-    workers.start("pod-a", LEASE_SECONDS="2")
-    workers.start("pod-b", LEASE_SECONDS="2")
+    fill(jobs, range(1), seconds=9)
+    workers.start("pod-a", LEASE_SECONDS="3")
+    workers.start("pod-b", LEASE_SECONDS="3")
     wait_until(lambda: values(jobs) == {"done": 1})
     assert len(workers.worked) == 1, workers.said
 
@@ -391,7 +392,7 @@ def test_a_job_three_times_as_long_as_its_lease_stays_with_its_worker(
 def test_the_job_of_a_killed_worker_is_done_by_another_after_the_lease(
     workers: Workers, jobs: Client
 ) -> None:
-    fill(jobs, range(1), seconds=0.5)
+    fill(jobs, range(1), seconds=2)
     first = workers.start("pod-a", LEASE_SECONDS="3")
     wait_until(lambda: workers.worked)
     first.kill()
@@ -407,7 +408,7 @@ def test_a_worker_that_lost_its_lease_does_not_write_the_end(
     workers: Workers, jobs: Client
 ) -> None:
     """As on a node that stood still: the first worker is stopped for longer than its lease."""
-    fill(jobs, range(1), seconds=4)
+    fill(jobs, range(1), seconds=5)
     first = workers.start("pod-a", LEASE_SECONDS="2")
     wait_until(lambda: workers.worked)
     first.send_signal(signal.SIGSTOP)
@@ -429,7 +430,7 @@ def test_a_worker_that_lost_its_lease_does_not_write_the_end(
 def test_the_scaler_leaves_a_pod_at_work(workers: Workers, jobs: Client, emulated: World) -> None:
     emulated.cluster.scale("worker", 3)
     busy = emulated.cluster.pods("worker")[1]["metadata"]["name"]
-    fill(jobs, range(1), seconds=2)
+    fill(jobs, range(1), seconds=60)
     workers.start(busy)
     wait_until(lambda: values(jobs) == {"processing": 1})
     run = emulated.run(BUSY_FILTER=BUSY, SCALE_DOWN_STABILIZATION_SECONDS="0")
