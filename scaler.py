@@ -838,9 +838,8 @@ def parse_state(
     if LEASE in restored:  # nobody's, and nothing that anyone could do about
         values.pop(LEASE, None)
     for name in (restored & READERS.keys() & annotations.keys()) - {LEASE}:
-        applied = (
-            "the pause holds" if name in PAUSES and values.get(name) is True else "not applied"
-        )
+        holds = name in PAUSES and values.get(name) is True
+        applied = "the pause holds" if holds else "not applied"
         problems[name] = f"may have been restored by a rollback: {applied}"
         if name in (*PAUSES, PAUSED_UNTIL):
             problems[name] += "; delete it, and set it again with kubectl annotate if intended"
@@ -854,14 +853,20 @@ def parse_state(
         if name in problems and name not in expired and values.get(name) is not False:
             given[PAUSED if name == PAUSED_REPLICAS else name] = True
     warnings = [f"{name}={quoted(annotations[name])}: {problems[name]}" for name in problems]
-    for name in annotations:
-        if name.startswith(ANNOTATION) and name not in READERS:
-            bare = (known.removeprefix(ANNOTATION) for known in READERS)
-            likely = did_you_mean(name.removeprefix(ANNOTATION), bare, cutoff=0.6)
-            meant = f"did you mean {ANNOTATION}{likely}?" if likely else "delete it"
-            warnings.append(f"the annotation {name} is unknown to the scaler: {meant}")
+    warnings += unknown_annotations(annotations)
     named = {name.removeprefix(ANNOTATION).replace("-", "_"): v for name, v in given.items()}
     return State(**named, expired=expired, warnings=tuple(sorted(warnings)))
+
+
+def unknown_annotations(names: Iterable[str]) -> Iterator[str]:
+    """A warning for each annotation under our prefix that is none of ours: it would be ignored
+    silently."""
+    ours = [known.removeprefix(ANNOTATION) for known in READERS]
+    for name in names:
+        if name.startswith(ANNOTATION) and name not in READERS:
+            likely = did_you_mean(name.removeprefix(ANNOTATION), ours, cutoff=0.6)
+            meant = f"did you mean {ANNOTATION}{likely}?" if likely else "delete it"
+            yield f"the annotation {name} is unknown to the scaler: {meant}"
 
 
 def expect(kind: type[T], found: Any) -> T:
@@ -948,11 +953,10 @@ class QueueLength:
 
     def __str__(self) -> str:
         waiting = f"{self.waiting} or more" if self.capped else str(self.waiting)
-        text = f"{waiting} {'job' if waiting == '1' else 'jobs'} waiting"
+        jobs, oldest = ("job", "") if waiting == "1" else ("jobs", ", the oldest")
+        text = f"{waiting} {jobs} waiting"
         if self.oldest_seconds is not None:
-            text += (
-                f"{'' if waiting == '1' else ', the oldest'} for {duration(self.oldest_seconds)}"
-            )
+            text += f"{oldest} for {duration(self.oldest_seconds)}"
         return text + ("" if self.busy is None else f", {self.busy} busy")
 
 
@@ -1026,9 +1030,9 @@ def pods(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    for size, unit in ((7200, "h"), (120, "min")):
-        if seconds >= size:
-            return f"{int(seconds / {'h': 3600, 'min': 60}[unit])} {unit}"
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{int(seconds / size)} {unit}"
     return f"{int(seconds)} s"
 
 
@@ -1679,7 +1683,9 @@ def queue_failure(doing: str, error: Exception, advice: str = "") -> QueueFailur
     message = f"Firestore failed while {doing}: {code}: {text}"
     if code not in ADVICE:
         if "metadata.google.internal" in text or "computeMetadata" in text:
-            advice = "Google's metadata server did not respond: the next run tries again"
+            refused = re.search(r"Status: 4\d\d", text)
+            what = "gave no token, check Workload Identity" if refused else "did not respond"
+            advice = f"Google's metadata server {what}: the next run tries again"
         transient = code in TRANSIENT_CODES
         return QueueFailure("QueueUnavailable", message, advice=advice, transient=transient)
     denied = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -2529,15 +2535,14 @@ class Look:
     def scale_down(self, inputs: Inputs, fleet: Fleet) -> Decision:
         """The decision, ready to be applied: if it removes pods, its victims have the lowest
         deletion cost, and a second read of the queue has found them idle."""
-        lease = self.state.scale_down_lease
-        cost = victim_cost(self.now, fleet.pods, self.last_lease())
-        if lease and self.leased:
-            cost = lease.cost
+        last = self.last_lease()
+        cost = last.cost if last and self.leased else victim_cost(self.now, fleet.pods, last)
         busy = self.queue.busy_pods(fleet.pods)
         decision = self.judge(inputs, fleet, busy, cost)
         # An order is not kept waiting by another run: its lease is taken over.
-        if lease and self.is_held(lease) and decision.change < 0 and decision.reason != "Paused":
-            because = f", as another run is removing pods until {write_time(lease.until)}"
+        other = self.lease_of_another()
+        if other and decision.change < 0 and decision.reason != "Paused":
+            because = f", as another run is removing pods until {write_time(other.until)}"
             decision = decide(self.settings, replace(inputs, removable=Removable(0, because)))
         victims: list[Pod] = []
         if decision.change < 0 and not self.log.output.dry_run:
@@ -2629,9 +2634,11 @@ class Look:
     # holds the lease; a late request for a pod meets the pod's resourceVersion or, if nobody has
     # touched that pod since, sets a cost that is higher than those of the runs after it.
 
-    def is_held(self, lease: Lease) -> bool:
-        """By another run that may still be at work."""
-        return lease.token != self.token and lease.until > self.now
+    def lease_of_another(self) -> Lease | None:
+        """That of a run that may still be at work."""
+        lease = self.state.scale_down_lease
+        held = lease and lease.token != self.token and lease.until > self.now
+        return lease if held else None
 
     def is_own_lease(self) -> bool:
         return self.deployment.annotations.get(LEASE, "").endswith(f" {self.token}")
@@ -2657,8 +2664,7 @@ class Look:
         ReplicaSet still has pods to remove, which it chooses by them."""
         chosen = {pod.name for pod in victims}
         stale = [pod for pod in fleet.marked if pod.name not in chosen]
-        lease = self.state.scale_down_lease
-        foreign = lease is not None and self.is_held(lease) and not self.leased
+        foreign = self.lease_of_another() and not self.leased
         if not stale or fleet.removing or foreign or self.log.output.dry_run:
             return
         self.take_lease(victim_cost(self.now, fleet.pods, self.last_lease()))
@@ -2696,8 +2702,7 @@ class Look:
         progress, there = self.progress, self.deployment.annotations
         annotations = {**decision.annotations, **rescale_annotations(decision, self.now)}
         annotations |= dict.fromkeys(self.state.expired)
-        lease = self.state.scale_down_lease
-        if self.is_own_lease() or not (lease and self.is_held(lease)):
+        if self.is_own_lease() or not self.lease_of_another():
             annotations[LEASE] = None
         annotations = {name: v for name, v in annotations.items() if there.get(name) != v}
         dry = "dry run, nothing is changed: " if self.log.output.dry_run else ""

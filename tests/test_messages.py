@@ -269,6 +269,10 @@ QUEUE_FAILURES = [
      "QueueUnavailable: Firestore failed while counting jobs: UNAVAILABLE: 503 "
      "http://metadata.google.internal: timed out; Google's metadata server did not respond: the "
      "next run tries again"),
+    (("UNAVAILABLE", "http://metadata.google.internal: Status: 403"), "",
+     "QueueUnavailable: Firestore failed while counting jobs: UNAVAILABLE: 503 "
+     "http://metadata.google.internal: Status: 403; Google's metadata server gave no token, check "
+     "Workload Identity: the next run tries again"),
     (("UNAUTHENTICATED", "no"), "",
      "Forbidden: Firestore failed while counting jobs: UNAUTHENTICATED: 401 no; check "
      "GOOGLE_APPLICATION_CREDENTIALS or Workload Identity"),

@@ -28,7 +28,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,17 +43,22 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 
 SCRIPT = Path("scaler.py")
 EXPLAINED = Path("tests/mutants.md")
-SECTIONS = ("filters", "output and settings", "annotations", "decision", "removal")
-TESTS = (
-    "decide", "settings", "filters", "annotations", "other_writers", "schedule", "stabilization",
-    "removal", "messages", "busy", "pages",
-)  # fmt: skip
+# The sections to change, and the tests that are likely to notice, which come before the others.
+SECTIONS = {
+    "filters": ("filters", "settings"),
+    "output and settings": ("settings", "messages"),
+    "annotations": ("annotations", "other_writers"),
+    "decision": ("decide", "schedule", "stabilization"),
+    "removal": ("removal", "busy"),
+}
+TESTS = dict.fromkeys([*itertools.chain(*SECTIONS.values()), "pages"])
 AT_LEAST = 90
 LIBRARIES = ("google.cloud.firestore", "kubernetes.client", "kubernetes.config", "yaml")
 
 
-Change = tuple[int, int, str]  # from this line to before that one, there is this text instead
-NO_CHANGE = (0, 0, "")
+# From this line to before that one, there is this text instead, in this section.
+Change = tuple[int, int, str, str]
+NO_CHANGE = (0, 0, "", "")
 
 
 @dataclass(frozen=True, order=True)
@@ -108,7 +113,9 @@ class Mutations(libcst.CSTVisitor):
         ):
             return False
         for kind, operator in mutation_operators:
-            if isinstance(node, kind) and self._wanted(node):
+            if isinstance(node, kind) and (
+                not self._sections or self._section(node) in self._sections
+            ):
                 changed = list(operator(node))
                 # The others of a string are the same in lower case and in upper case.
                 for after in changed[:1] if operator is operator_string else changed:
@@ -119,11 +126,10 @@ class Mutations(libcst.CSTVisitor):
         if isinstance(node, libcst.FunctionDef | libcst.ClassDef):
             self._names.pop()
 
-    def _wanted(self, node: libcst.CSTNode) -> bool:
+    def _section(self, node: libcst.CSTNode) -> str:
         line = self.get_metadata(WhitespaceInclusivePositionProvider, node).start.line
         banners = (re.match(r"# -{9,} (.+)", text) for text in self._lines[line - 1 :: -1])
-        section = next((banner[1] for banner in banners if banner), "")
-        return not self._sections or section in self._sections
+        return next((banner[1] for banner in banners if banner), "")
 
     def _add(self, node: libcst.CSTNode, after: str) -> None:
         span = self.get_metadata(WhitespaceInclusivePositionProvider, node)
@@ -135,7 +141,7 @@ class Mutations(libcst.CSTVisitor):
         diff = [line for line in difflib.ndiff(was, now) if line[0] in "-+"]
         lines = [" ".join(line[2:] for line in diff if line[0] == sign) for sign in "-+"]
         mutant = Mutant(".".join(self._names) or "module", *changed_part(lines[0], lines[1]))
-        self.found.append((mutant, (first, last, new)))
+        self.found.append((mutant, (first, last, new, self._section(node))))
 
 
 def enter_a_copy(repository: Path, directory: str) -> None:
@@ -148,11 +154,21 @@ def enter_a_copy(repository: Path, directory: str) -> None:
 
 
 def passes(source: str, change: Change, tests: Sequence[str], limit: int) -> bool:
-    """Whether no test fails, in a child process that has so many seconds."""
-    lines, (first, last, new) = source.splitlines(keepends=True), change
+    """Whether no test fails: those for the section first, as most mutants die there."""
+    lines, (first, last, new, section) = source.splitlines(keepends=True), change
     SCRIPT.write_text("".join([*lines[:first], new, *lines[last:]]))
     # Else two mutants of the same length within a second share their compiled file.
     os.utime(SCRIPT, (random.randrange(2**31),) * 2)
+    likely = SECTIONS.get(section)
+    return (not likely or succeeds(fast(likely), limit)) and succeeds(tests, limit)
+
+
+def fast(names: Iterable[str]) -> list[str]:
+    return ["-m", "not slow", *(f"tests/test_{name}.py" for name in names)]
+
+
+def succeeds(tests: Sequence[str], limit: int) -> bool:
+    """Whether pytest ends well, in a child process that has so many seconds."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -180,7 +196,7 @@ def let_live(
             started = time.monotonic()
             if not pool.submit(passes, source, NO_CHANGE, tests, 900).result():
                 sys.exit(f"fails on scaler.py as it is: python -m pytest {' '.join(tests)}")
-            limit = 20 + 5 * int(time.monotonic() - started)
+            limit = 20 + 2 * int(time.monotonic() - started)
             asked = {pool.submit(passes, source, one[1], tests, limit): one for one in drawn}
             for number, answer in enumerate(as_completed(asked), 1):
                 if number % 100 == 0:
@@ -204,10 +220,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
 
-    tests = [f"tests/test_{name}.py" for name in TESTS]
-    tests += ["-m", "not slow", *(["tests"] if chosen.whole else [])]
+    tests = [*fast(TESTS), *(["tests"] if chosen.whole else [])]
     known, source, begun = explained(), SCRIPT.read_text(), time.monotonic()
-    found = Mutations(source, () if chosen.whole else SECTIONS).found
+    found = Mutations(source, () if chosen.whole else tuple(SECTIONS)).found
     drawn = found
     if chosen.sample is not None:
         drawn = random.Random(chosen.seed).sample(found, min(chosen.sample, len(found)))
