@@ -170,7 +170,7 @@ Filter = tuple[tuple[Condition, ...], ...]  # alternatives: a job matches all co
 ARRAY = ("array-contains", "array-contains-any", "array_contains", "array_contains_any")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not-in", *ARRAY)
 INEQUALITIES = ("<", "<=", ">", ">=")
-SORTING = (*INEQUALITIES, "!=", "not-in")
+SORTING = (*INEQUALITIES, "!=")  # and not-in, which goes with no alternatives
 LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 DISJUNCTIONS = 30  # Firestore's limit on a query in disjunctive normal form
 MAP_DEPTH = 20  # Firestore's limit on nested values
@@ -304,7 +304,7 @@ def typed(value: Any) -> Any:
 
 
 def timestamp_value(value: object) -> RelativeTime | datetime:
-    text = value if isinstance(value, str) else ""
+    text = str(value)
     relative = re.fullmatch(RELATIVE, text)
     try:
         if relative:

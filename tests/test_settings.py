@@ -70,6 +70,11 @@ WRONG = [
     ("QUEUE_COLLECTION", "", "none of them empty"),
     ("QUEUE_COLLECTION", "tenants/acme", "expected a collection path such as jobs or tenants/acme"),
     ("QUEUE_COLLECTION", "tenants//jobs", "none of them empty"),
+    (
+        "QUEUE_COLLECTION",
+        "jobs, jobs",
+        ": expected each collection once, or its jobs would count twice\n",
+    ),
     ("QUEUE_COLLECTION_GROUP", "yes", "expected true or false"),
     (
         "WAITING_FILTER",
