@@ -111,7 +111,7 @@ def test_a_key_file_that_is_missing_or_damaged_is_reported_at_once(
     path = str(broken(cloud.world.directory))
     for environ in ({}, cloud.google.environment(), {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}):
         run = cloud.run(GOOGLE_APPLICATION_CREDENTIALS=path, **environ)
-        assert (run.exit_code, run.reason) == (2, "Forbidden") and run.seconds < 6, run
+        assert (run.exit_code, run.reason) == (2, "Forbidden") and run.seconds < 12, run
         assert "GOOGLE_APPLICATION_CREDENTIALS" in run.record["message"]
         assert "BEGIN" not in run.stdout + run.stderr, "no part of a key"
 
@@ -326,7 +326,7 @@ def test_a_run_frozen_in_a_call_past_its_end_is_no_failure(
     stdout, seconds = thaw(run)
     record = json.loads(log.read_text())
     [line] = (line for line in stdout.splitlines() if "worker: no Event was written" not in line)
-    assert seconds < 2 and " INFO " in line, (seconds, stdout)
+    assert seconds < 5 and " INFO " in line, (seconds, stdout)
     assert record["current"] == (None if call == "get" and not answered else 1)
     if call == "patch" and answered:
         assert (run.returncode, record["reason"], process.replicas) == (0, "ScaledUp", 2), stdout
@@ -342,7 +342,7 @@ def test_sigterm_ends_a_run_that_was_frozen(process: World) -> None:
     freeze(run)
     run.send_signal(signal.SIGTERM)
     stdout, seconds = thaw(run)
-    assert (run.returncode, seconds < 2) == (143, True), stdout
+    assert (run.returncode, seconds < 5) == (143, True), stdout
     assert json.loads(log.read_text())["reason"] == "Interrupted", "by the signal, or by its end"
 
 
@@ -354,7 +354,7 @@ def test_a_polling_run_frozen_between_two_looks_reports_its_last(process: World)
     freeze(run)
     stdout, seconds = thaw(run)
     record = json.loads(log.read_text())
-    assert (run.returncode, seconds < 2) == (0, True), stdout
+    assert (run.returncode, seconds < 5) == (0, True), stdout
     assert (record["reason"], record["replicas"], record["looks"]) == ("ScaledUp", 2, 1), stdout
     assert stdout.count("AutoScaler") == 1 and " INFO " in stdout, stdout
 

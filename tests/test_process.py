@@ -66,7 +66,7 @@ def test_sigterm_ends_a_run_that_cannot_write_its_line(process: World, unwritabl
     assert arrived.wait(30)
     begun = time.monotonic()
     run.send_signal(signal.SIGTERM)
-    assert run.wait(10) == 128 + signal.SIGTERM and time.monotonic() - begun < 3
+    assert run.wait(10) == 128 + signal.SIGTERM and time.monotonic() - begun < 6
 
 
 def test_a_signal_before_the_imports_is_not_lost(process: World) -> None:
@@ -97,7 +97,7 @@ def test_an_override_waits_for_no_metadata_server(process: World, silent_server:
     process.cluster.annotate("worker", **{ANNOTATION + "paused-replicas": "2"})
     run = process.run_with(environ)
     assert (run.exit_code, run.reason, process.replicas) == (0, "Paused", 2), run
-    assert run.seconds < 3, run
+    assert run.seconds < 6, run
     process.cluster.annotate("worker", **{ANNOTATION + "paused-replicas": None})
     run = process.run_with(environ)
     assert run.exit_code in (1, 2) and process.replicas == 2 and run.seconds < 11, run
