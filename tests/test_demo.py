@@ -28,7 +28,7 @@ def test_every_scenario_ends_as_expected() -> None:
 def test_the_demo_fails_if_a_scenario_ends_otherwise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "stage", partial(demo.stage, SCALE_UP_STEP="0"))
+    monkeypatch.setattr(demo, "working_world", partial(demo.working_world, SCALE_UP_STEP="0"))
     for scenario in ("idle_pods_first", "job_becomes_due", "burst"):
         monkeypatch.setattr(demo, scenario, lambda screen: None)
     assert demo.demo(demo.Screen(colour=False, width=120)) == 1

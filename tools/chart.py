@@ -220,13 +220,13 @@ MINUTES = 80
 def follow_an_hour() -> list[Point]:
     """What scaler.py, a process a minute, sees and decides in the demo's environment."""
     from tests.support.world import BUSY
-    from tools.demo import stage
+    from tools.demo import working_world
 
     points: list[Point] = []
-    with stage(BUSY_FILTER=BUSY, MAX_REPLICAS=str(MOST_PODS)) as world:
+    with working_world(BUSY_FILTER=BUSY, MAX_REPLICAS=str(MOST_PODS)) as world:
         for minute in range(MINUTES):
             world.add_jobs(*ARRIVALS.get(minute, (0, 1)))
-            run, _ = world.run()
+            run, _ = world.scale()
             world.work()
             if run.exit_code:
                 raise SystemExit(f"a run failed: {run}")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,13 @@ MARGIN = len(LINE.format(*[""] * 5))
 
 
 @dataclass
-class Stage:
-    """One Deployment and one queue, a minute at a time.
+class WorkingWorld(World):
+    """A World whose pods work, a minute at a time.
 
     A pod works on one job at a time, for as many minutes as its document says; on those that
     name none it never begins. `killed` are the pods that were removed while they worked.
     """
 
-    world: World
-    queue: FakeFirestore
-    clock: list[datetime]
     killed: list[str] = field(default_factory=list)
     jobs: int = 0
 
@@ -66,7 +63,7 @@ class Stage:
 
     def pods(self) -> list[str]:
         """Names of the live pods, the oldest first."""
-        pods = [pod["metadata"] for pod in self.world.cluster.pods(NAME)]
+        pods = [pod["metadata"] for pod in self.cluster.pods(NAME)]
         return [pod["name"] for pod in sorted(pods, key=lambda pod: pod["creationTimestamp"])]
 
     def busy_pods(self) -> set[str]:
@@ -84,31 +81,29 @@ class Stage:
         for pod, (name, job) in zip(idle, takeable, strict=False):
             taken = {**job, "status": "processing", "assignedPodId": pod}
             self.queue.put(f"jobs/{name}", taken)
-        self.world.pass_time(60)
-        assert self.world.now
-        self.clock[0] = self.world.now
+        self.pass_time()
 
-    def run(self) -> tuple[Run, list[str]]:
+    def scale(self) -> tuple[Run, list[str]]:
         """One run of the script, and the pods that went because of it."""
         before, busy = self.pods(), self.busy_pods()
-        run = self.world.run()
+        run = self.run()
         removed = [pod for pod in before if pod not in self.pods()]
         self.killed += [pod for pod in removed if pod in busy]
         return run, removed
 
 
 @contextmanager
-def stage(**settings: str) -> Iterator[Stage]:
+def working_world(**settings: str) -> Iterator[WorkingWorld]:
     """A Deployment of one pod and an empty queue, on free ports of loopback; nothing is left."""
-    clock = [START]
     with (
         tempfile.TemporaryDirectory() as directory,
-        FakeKubernetes(seed=1, clock=lambda: clock[0]) as cluster,
+        FakeKubernetes(seed=1, clock=lambda: world.now or START) as cluster,
         FakeFirestore(project=PROJECT) as queue,
     ):
+        place = Path(directory)
+        world = WorkingWorld(cluster, queue, NAME, START, settings, place, process=True)
         cluster.add_deployment(NAME, replicas=1)
-        world = World(cluster, queue, NAME, START, settings, Path(directory), process=True)
-        yield Stage(world, queue, clock)
+        yield world
 
 
 # --- What the user sees -------------------------------------------------------------------------
@@ -167,20 +162,20 @@ class Screen:
             self.failures.append(claim)
 
 
-def bar(stage: Stage, works: bool) -> str:
+def bar(world: WorkingWorld, works: bool) -> str:
     """A block per pod; if pods work, an idle one is hollow."""
-    busy = stage.busy_pods()
-    return "".join("■" if pod in busy or not works else "□" for pod in stage.pods())
+    busy = world.busy_pods()
+    return "".join("■" if pod in busy or not works else "□" for pod in world.pods())
 
 
 @dataclass
 class Show:
-    """One stage on the screen: each call of `minutes` runs the script that many times.
+    """A world on the screen: each call of `minutes` runs the script that many times.
 
     `works` says whether the pods of this show take the jobs, or leave them to wait.
     """
 
-    stage: Stage
+    world: WorkingWorld
     screen: Screen
     works: bool
     minute: int = 0
@@ -188,22 +183,20 @@ class Show:
 
     def minutes(self, number: int) -> None:
         for _ in range(number):
-            run, removed = self.stage.run()
-            self.screen.row(self.minute, run, bar(self.stage, self.works))
+            run, removed = self.world.scale()
+            self.screen.row(self.minute, run, bar(self.world, self.works))
             for pod in removed if self.works else []:
-                what = "busy" if pod in self.stage.killed else "idle"
+                what = "busy" if pod in self.world.killed else "idle"
                 self.screen.note(f"removed …{pod.removeprefix(NAME)} ({what})")
             if run.exit_code:
                 self.screen.check(False, f"every run ends well: {run}")
-            self.stage.work()
+            self.world.work()
             self.minute += 1
             self.last = run
 
     def check_pods(self, number: int, when: str) -> None:
         pods = "1 pod" if number == 1 else f"{number} pods"
-        self.screen.check(
-            self.stage.world.replicas == len(self.stage.pods()) == number, f"{pods} {when}"
-        )
+        self.screen.check(self.world.replicas == len(self.world.pods()) == number, f"{pods} {when}")
 
 
 # --- The scenarios -----------------------------------------------------------------------------
@@ -211,12 +204,12 @@ class Show:
 
 def short_queue(screen: Screen) -> None:
     """No job, two, five, none again, with the default settings."""
-    with stage() as world:
+    with working_world() as world:
         show = Show(world, screen, works=False)
         screen.headline("1. No job waits", "1 pod, and nothing is written to the cluster.")
-        before = world.world.resource_version
+        before = world.resource_version
         show.minutes(3)
-        untouched = world.world.resource_version == before
+        untouched = world.resource_version == before
         screen.check(untouched, "the Deployment was not written to")
         show.check_pods(1, "as long as no job waits")
 
@@ -247,7 +240,7 @@ def short_queue(screen: Screen) -> None:
 
 def idle_pods_first(screen: Screen) -> None:
     """Three pods with jobs of different length: a pod goes when it is idle, whichever it is."""
-    with stage(BUSY_FILTER=BUSY, **NO_WAITS) as world:
+    with working_world(BUSY_FILTER=BUSY, **NO_WAITS) as world:
         show = Show(world, screen, works=True)
         screen.headline(
             "5. Three pods work on jobs of 2, 5 and 8 minutes (BUSY_FILTER is set)",
@@ -262,7 +255,7 @@ def idle_pods_first(screen: Screen) -> None:
         screen.check(killed == 0, f"{killed} busy pods removed")
         show.check_pods(1, "when all jobs are done")
 
-    with stage(**NO_WAITS) as world:
+    with working_world(**NO_WAITS) as world:
         show = Show(world, screen, works=True)
         screen.headline(
             "   The same without BUSY_FILTER",
@@ -280,7 +273,7 @@ DUE = '[["status", "==", "waiting"], ["performAt", "<=", {"timestampValue": "now
 
 def job_becomes_due(screen: Screen) -> None:
     """Two jobs for later: they count from their time on, without anybody touching them."""
-    with stage(WAITING_FILTER=DUE) as world:
+    with working_world(WAITING_FILTER=DUE) as world:
         show = Show(world, screen, works=False)
         screen.headline(
             "6. Two jobs are to start at minute 2 (WAITING_FILTER compares performAt with now)",
