@@ -2,7 +2,7 @@
 # install more. The whole of it is read at run time and never written.
 #
 # Python 3.13 gets security fixes until October 2029, and the tests run on it. The tag names a
-# version, not a build, so that building anew brings the fixes of Python and Debian. For the same
+# version, not a build, so that rebuilding brings the fixes of Python and Debian. For the same
 # bits every time, pin the digest as well, in both places, and let a bot move it:
 #   FROM python:3.13-slim@sha256:...
 FROM python:3.13-slim AS build
@@ -28,8 +28,8 @@ RUN rm -r kubernetes/aio kubernetes/client/api \
     && find . -name __pycache__ -prune -exec rm -r {} +
 
 # Byte-code for everything, as nothing can be written at run time, and Python's own library comes
-# without any. It is not held against its source at each import (unchecked): both lie in a layer
-# that does not change.
+# without any. It is not checked against its source at each import (unchecked): both are in an
+# immutable layer.
 COPY --chmod=0644 scaler.py /app/
 RUN python -m compileall -q --invalidation-mode unchecked-hash . /app
 
@@ -58,5 +58,5 @@ LABEL org.opencontainers.image.title="queue-scaler" \
 USER 65532:65532
 WORKDIR /app
 
-# -m rather than the file's name, which would compile the script anew each time.
+# -m rather than the file's name, which would recompile the script each time.
 ENTRYPOINT ["python", "-m", "scaler"]

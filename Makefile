@@ -34,7 +34,7 @@ test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="
 test-slow: $(DEV) ## the other tests, in minutes, several files at a time: processes, the emulator, the image
 	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile $(ARGS)
 
-mutants: $(MUTANTS) ## change scaler.py in one place at a time: does a test fail? ARGS="--sample 100"
+mutants: $(MUTANTS) ## mutation testing: change scaler.py, does a test fail? ARGS="--sample 100"
 	@$(BIN)/python -m tools.mutants $(ARGS)
 
 ci: lint types test test-slow ## all that has to hold before a change lands
@@ -52,7 +52,7 @@ bench: $(DEV) ## what a run costs, against the same calls written the straightfo
 e2e: ## try the manifests on the cluster of the current kubectl context; see tests/e2e/README.md
 	@$(PYTHON) -m tests.e2e $(ARGS)
 
-requirements: $(DEV) ## pin requirements*.txt anew; to newer versions: make requirements ARGS=--upgrade
+requirements: $(DEV) ## pin requirements*.txt again; to newer versions: make requirements ARGS=--upgrade
 	$(PIP) install uv
 	$(BIN)/uv $(PIN) --output-file requirements.txt requirements.in $(ARGS)
 	$(BIN)/uv $(PIN) --constraint requirements.txt --output-file requirements-dev.txt requirements-dev.in $(ARGS)

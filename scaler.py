@@ -12,8 +12,8 @@ exits:
 
 This is one look. A run is one look; one more if a delay ends within 15 s; or, with
 POLLING_INTERVAL_SECONDS, one look after another. `scaler.py --help` lists the settings.
-Exit codes: 0, the run did its work; 1, the queue or the cluster did not respond in time and
-nothing was removed; 2, you have to fix something first; 143, interrupted.
+Exit codes: 0, the run did its work; 1, the queue or the cluster did not respond in time, and the
+next run tries again; 2, you have to fix something first; 143, interrupted.
 """
 
 # The sections, in order; each uses only those above it:
@@ -31,7 +31,7 @@ nothing was removed; 2, you have to fix something first; 143, interrupted.
 #   report               log lines and the result record
 #   main                 runs, polling, signals
 #
-# A new reason is one word in Reason, and one row of the table in tests/test_messages.py.
+# A new reason is one word in Reason; CONTRIBUTING.md lists the tests and docs that need it.
 
 # ruff: noqa: E402 - the signals come before all other imports
 from __future__ import annotations
@@ -140,7 +140,7 @@ def scrub(message: str) -> str:
 
 
 def one_line(text: object, limit: int = 1200) -> str:
-    """A library's error, or a name, in one line of at most so many characters."""
+    """A library's error, or a name, in one line of at most `limit` characters."""
     line = " ".join(scrub(str(text)).encode(errors="replace").decode().split())
     line = line or type(text).__name__
     return line if len(line) <= limit else line[: limit - 3] + "..."
@@ -175,8 +175,8 @@ LIST_OPERATORS = {"in": 30, "not-in": 10, "array_contains_any": 30}
 DISJUNCTIONS = 30  # Firestore's limit on a query in disjunctive normal form
 MAP_DEPTH = 20  # Firestore's limit on nested values
 SEGMENT = r"[^/\s](?:[^/]*[^/\s])?"  # of a path
-# Of a field's path: as the API takes it, or else without a space around it, which would match
-# nothing, for ever.
+# One part of a field's path: as the API accepts it, or else with no space at its ends, which
+# would never match.
 FIELD = r"([A-Za-z_][A-Za-z_0-9]*(?![^.])|`(?:[^`\\]|\\.)+`)|[^\s.`](?:[^.`]*[^\s.`])?"
 FIELD_PATH = rf"(?:{FIELD})(?:\.(?:{FIELD}))*"
 RFC3339 = r"(?i)\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"
@@ -221,7 +221,7 @@ document_path = matching(
 )
 field_path = matching(
     FIELD_PATH,
-    "the name of a field, such as status or worker.pod, with no empty part and no space around one",
+    "the name of a field, such as status or worker.pod, with no empty part, no space at its ends",
     api_field_path,
 )
 
@@ -264,7 +264,7 @@ def parse_condition(triple: object) -> Condition:
         raise ValueError(f"{quoted(triple)} is not such a triple")
     name, op, value = triple
     if not (isinstance(name, str) and re.fullmatch(FIELD_PATH, name)):
-        raise ValueError(f"{quoted(name)} is not a field path: no empty part, no space around one")
+        raise ValueError(f"{quoted(name)} is not a field path: no empty part, no space at its ends")
     if op not in OPERATORS:
         raise ValueError(f"{quoted(op)} is not one of the operators {', '.join(OPERATORS)}")
     op = op.replace("array-", "array_").replace("-any", "_any")
@@ -430,7 +430,7 @@ step = matching(r"[0-9]{1,9}%?", "a number of pods such as 2, or a percentage su
 replica_count = bounded_integer(0, INT32_MAX, "pods")
 positive = bounded_integer(1, INT32_MAX, "pods or jobs")
 seconds = bounded_integer(0, 31_536_000, "seconds")
-window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API takes no longer ones
+window_seconds = bounded_integer(0, 3600, "seconds")  # the HPA's API accepts no longer window
 budget_seconds = bounded_integer(1, 3600, "seconds")
 
 
@@ -479,7 +479,8 @@ def scheduled_minimum(text: str) -> ScheduledMinimum:
     try:
         return ScheduledMinimum(text, int(replicas), days, minutes[0], minutes[1], ZoneInfo(zone))
     except (KeyError, ValueError, OSError):  # unknown, no name at all, a directory of zones
-        raise ValueError(f"{quoted(zone)}: expected a time zone, as Asia/Seoul or UTC") from None
+        form = "expected a time zone such as Asia/Seoul or UTC"
+        raise ValueError(f"{quoted(zone)}: {form}") from None
 
 
 REQUIRED = "required"
@@ -541,7 +542,7 @@ class Settings:
         "maximum pods removed at once, as 2 or 50%; 0 disables scale-down", "unset: no limit")
     fallback_replicas: int | None = setting(replica_count, None,
         "minimum pods while the queue stays unreadable; only ever adds pods", "unset: hold")
-    fallback_after_seconds: int = setting(seconds, "180", "time unreadable before that")
+    fallback_after_seconds: int = setting(seconds, "180", "time unreadable before the fallback")
     polling_interval_seconds: int | None = setting(seconds, None,
         "seconds between looks, 1 or more and less than TIMEOUT_SECONDS",
         "unset: one look per run")
@@ -586,7 +587,7 @@ VARIABLES = {item.name.upper(): item for item in (*fields(Settings), *fields(Out
 
 
 def read_output(environ: Mapping[str, str]) -> Output:
-    """Where a value is not accepted, the default."""
+    """The default for each value that is not accepted."""
     values = {}
     for item in fields(Output):
         parse, default = item.metadata["parse"], item.metadata["default"]
@@ -648,13 +649,13 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"QUEUE_COLLECTION={quoted(path)}: expected {expected}, as {reason}"
     if any(op == "not-in" for each in values.get("busy_filter") or () for _, op, _ in each):
         yield (
-            "BUSY_FILTER: expected no not-in, which Firestore cannot combine with the in over "
-            "the pods' names; say which values are busy instead"
+            "BUSY_FILTER: expected no not-in: Firestore cannot combine it with the query for the "
+            "pods' names; list the values that are busy instead"
         )
 
 
 def misspelled(environ: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each variable that is one of ours but for a letter or two: it would be ignored
+    """A warning for each likely misspelling of one of our variables: it would be ignored
     silently."""
     for name in sorted(environ.keys() - VARIABLES.keys()):
         if known := did_you_mean(name.upper(), VARIABLES, cutoff=0.85):
@@ -817,7 +818,8 @@ def parse_state(
 
     A value that cannot be parsed counts as absent, with a warning, except for a pause: whoever
     wrote one wanted to pause (KEDA reads it so, too). `restored` are those that a rollback brought
-    back: they are not applied, and a pause among them holds the current number.
+    back: they are not applied, except that a pause among them still pauses, and a restored
+    paused-replicas holds the current number.
     """
     values: dict[str, Any] = {}
     problems: dict[str, str] = {}
@@ -835,7 +837,7 @@ def parse_state(
     longest = timedelta(seconds=settings.timeout_seconds + 60)
     if LEASE in values and values[LEASE].until > now + longest:
         problems[LEASE] = "further ahead than a run can last: counts as absent"
-    if LEASE in restored:  # nobody's, and nothing that anyone could do about
+    if LEASE in restored:  # nobody's: there is nothing that anyone could do about it
         values.pop(LEASE, None)
     for name in (restored & READERS.keys() & annotations.keys()) - {LEASE}:
         holds = name in PAUSES and values.get(name) is True
@@ -910,8 +912,8 @@ def restored(managed: Sequence[Mapping[str, Any]], created: str) -> frozenset[st
     return frozenset(name for name in ours if name.startswith(ANNOTATION))
 
 
-# Clients that a person acts with: kubectl and oc under any name, consoles, desktop programs, and
-# browsers and libraries that web consoles call themselves.
+# Clients that users act with: kubectl and oc under any name, consoles, desktop programs, and the
+# browsers and libraries that web consoles identify themselves as.
 PEOPLE = re.compile(
     r"(?i)(kubectl|oc|k9s|kubecolor|headlamp|rancher|mozilla|node-fetch|okhttp|octant|aptakube)"
     r"([-._].*)?|.*(lens|dashboard|console).*"
@@ -1071,7 +1073,7 @@ def conclude(inputs: Inputs, verdict: Verdict, reason: Reason, why: str) -> Deci
         f"{why}; {outcome(inputs.current, verdict)}",
         inputs.current,
         queue=inputs.queue,
-        # Failures of the queue are counted in a row, which a look that does without it ends.
+        # Only consecutive failures of the queue count: a look that does not need it resets them.
         annotations={FAILING_SINCE: None},
         wait=verdict.wait,
     )
@@ -1206,7 +1208,7 @@ def within_window(inputs: Inputs, window: int) -> set[Recommendation]:
 
     Without any, the recommendation so far is the current number, as in the HPA controller's
     `recordInitialRecommendation`. If looks are always further apart than the window is long, there
-    usually are none, and that would hold for ever: the HPA then follows the newest recommendation
+    usually are none, and that would hold forever: the HPA then follows the newest recommendation
     alone, and so does this. A history from a clock ahead of ours counts as of now, so that it
     cannot hold for longer than its window.
     """
@@ -1514,8 +1516,8 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
     if nameless:
         warnings.append(
             f"{busy_jobs(nameless, 'names', 'name')} no pod, such as {name}={nameless[0]}; "
-            "whichever pod works on it is not protected; set the field in the same write that "
-            "claims the job"
+            "the pod that works on such a job is not protected; set the field in the same write "
+            "that claims the job"
         )
     if unknown:
         warnings.append(
@@ -1575,7 +1577,7 @@ class Deadline:
 
     def overslept(self) -> float:
         """Seconds since the run should have ended, if it is well past that: the watchdog would
-        have ended it, so that the whole process was suspended."""
+        have ended it, so the whole process must have been suspended."""
         late = time.monotonic() - self.run_end
         return late if late > 1 else 0.0
 
@@ -1637,7 +1639,8 @@ INTERRUPTED = 128 + signal.SIGTERM
 
 
 def suspended(late: float) -> str:
-    return f"the process was suspended until {late:.0f} s past its time; the next run looks again"
+    until = f"until {late:.0f} s past its deadline"
+    return f"the process was suspended {until}; the next run looks again"
 
 
 def sleep(seconds: float) -> None:
@@ -1839,7 +1842,7 @@ class JobQueue:
                 ages.append((self._now - waiting_since(value)).total_seconds())
             except ValueError:
                 return None, (
-                    f"WAITING_SINCE_FIELD={name} is no time in the job that sorts first: "
+                    f"WAITING_SINCE_FIELD={name} is not a time in the job that sorts first: "
                     f"{quoted(value)}; store a timestamp"
                 )
         if not ages:
@@ -1848,7 +1851,7 @@ class JobQueue:
 
     def unknown_field(self) -> str:
         """Which field of WAITING_FILTER no document has, as far as one cheap read tells: a wrong
-        collection or field would count 0 jobs for ever. "" if it has one, or nobody knows."""
+        collection or field would count 0 jobs forever. "" if one has it, or if that is unknown."""
         settings = self._settings
         names = [name for each in settings.waiting_filter for name, _, _ in each]
         if not names or settings.queue_collection_group:  # a group has no index for it as a rule
@@ -1927,8 +1930,7 @@ class JobQueue:
         )
         raise Failure(
             "InvalidSettings",
-            f"{none} in the field `{name}` (BUSY_POD_FIELD), so that it is unknown which pods are "
-            "busy",
+            f"{none} in the field `{name}` (BUSY_POD_FIELD), so it is unknown which pods are busy",
             advice=f"set BUSY_POD_FIELD to the field with the pod's name; a busy job has {shown}",
             exit_code=2,
         )
@@ -2206,7 +2208,9 @@ class Api:
             raise Failure("ClusterUnavailable", problem) from error
         except ValueError:
             # From http.client; its text quotes the whole header.
-            problem = "the credentials hold a character that no HTTP header can, such as a line end"
+            problem = (
+                "the credentials contain a character that HTTP headers forbid, such as a newline"
+            )
             raise Failure("Forbidden", problem, exit_code=2) from None
         return response
 
@@ -2344,7 +2348,7 @@ class Cluster:
             return parse(json.loads(response.data, object_hook=drop))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             found = f"{type(error).__name__}: {one_line(error)}"
-            problem = f"the API server's response makes no sense while {doing}: {found}"
+            problem = f"the API server sent an unusable response while {doing}: {found}"
             raise Failure("ClusterUnavailable", problem) from error
 
     def _refusal(self, doing: str, response: Any) -> Failure:
@@ -2432,7 +2436,7 @@ def open_cluster(settings: Settings, environ: Mapping[str, str]) -> Api:
 
 # -------------------------------------------------------------------------------------- look
 
-FRESH_SECONDS = 5  # victims are removed by a read of the queue that ended no longer ago
+FRESH_SECONDS = 5  # pods are removed only if the queue was read no longer ago than this
 
 
 class Look:
@@ -2489,7 +2493,7 @@ class Look:
         for decision in self.pending:
             if was_applied(decision, deployment):
                 return self.finish(decision)
-        # A scale that is still on its way must meet another resourceVersion: the lease anew.
+        # A rescale still in flight must meet another resourceVersion, so the lease is taken again.
         progress.in_doubt = bool(self.pending)
         self.leased = self.is_own_lease() and not self.pending
         owners, now = deployment.replicas_owners, self.now
@@ -2526,7 +2530,7 @@ class Look:
         return decision
 
     def check_field(self, length: QueueLength) -> None:
-        """Once a run, while nothing is in the queue: could anything be?"""
+        """Once per run, while the queue is empty: does any document have the filter's field?"""
         if not length.waiting and not length.busy and "field" not in self.log.once:
             self.log.once.add("field")
             if unknown := self.queue.unknown_field():
@@ -2539,7 +2543,7 @@ class Look:
         cost = last.cost if last and self.leased else victim_cost(self.now, fleet.pods, last)
         busy = self.queue.busy_pods(fleet.pods)
         decision = self.judge(inputs, fleet, busy, cost)
-        # An order is not kept waiting by another run: its lease is taken over.
+        # `paused-replicas` does not wait for another run: it takes over that run's lease.
         other = self.lease_of_another()
         if other and decision.change < 0 and decision.reason != "Paused":
             because = f", as another run is removing pods until {write_time(other.until)}"
@@ -2660,7 +2664,7 @@ class Look:
         self.pending.clear()
 
     def clear_costs(self, fleet: Fleet, victims: Sequence[Pod] = ()) -> None:
-        """Remove the deletion costs that a run left which did not get to its patch. Not while a
+        """Remove the deletion costs left by a run that did not get to its patch. Not while a
         ReplicaSet still has pods to remove, which it chooses by them."""
         chosen = {pod.name for pod in victims}
         stale = [pod for pod in fleet.marked if pod.name not in chosen]
@@ -2713,12 +2717,12 @@ class Look:
         decision = replace(decision, message=message, annotations=annotations, warnings=warnings)
         if dry or not (annotations or decision.change):
             for late in self.pending:
-                scale = f"the scale from {late.current} to {late.replicas} got no response"
+                scale = f"the rescale from {late.current} to {late.replicas} got no response"
                 text = f"{scale}, and may still be applied; the next look will check"
                 decision = replace(decision, warnings=(*decision.warnings, text))
             return decision
         if decision.change < 0 and self.is_outdated():
-            problem = "the read of the queue is too old to remove pods by"
+            problem = "the queue was read too long ago to remove pods"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
         body = self.body(annotations)
         if decision.change:
@@ -2736,8 +2740,8 @@ class Look:
         return self.finish(decision)
 
     def is_outdated(self) -> bool:
-        """Whether the process was suspended, for one, since the second read. While a whole machine
-        is suspended, only the wall clock goes on."""
+        """Whether the process was suspended, for example, since the second read. While a whole
+        machine is suspended, only the wall clock goes on."""
         if self.verified is None:
             return False
         ticked, passed = time.monotonic() - self.verified[0], self.log.clock() - self.verified[1]
@@ -2891,8 +2895,9 @@ def execute(
 ) -> int:
     """One run, without signals, timers or an exit of its own. Returns the exit code.
 
-    `pause` waits so many seconds between two looks. `supervise` is called in a thread of its own
-    with the run's budget in seconds, once the settings are read and before anything is waited for.
+    `pause` waits for the given number of seconds between two looks. `supervise` is called in a
+    thread of its own with the run's budget in seconds, once the settings are read and before any
+    waiting begins.
     """
     if not {"--help", "-h", "--version"}.isdisjoint(argv):
         with suppress(OSError):
@@ -3019,7 +3024,7 @@ def watch(report: Report, budget: int) -> None:
     late = Deadline(until, 0, until).overslept()
     if late and not number:
         time.sleep(0.5)  # the main thread may have got what it was waiting for
-    # Not given back: the main thread has nothing more to say. It may hang in its own line.
+    # The lock is not released: the main thread has nothing more to say. It may hang in its line.
     exit_code = 128 + number if number else 1
     if report.lock.acquire(timeout=1):
         why = f"out of time (TIMEOUT_SECONDS={budget})"

@@ -1,4 +1,4 @@
-"""Concurrent runs, as the schedule's and manual ones can be: one rescale."""
+"""Concurrent runs, scheduled or manual, rescale once."""
 
 from __future__ import annotations
 

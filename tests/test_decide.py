@@ -1,4 +1,4 @@
-"""The rules of the contract, one row per rule, and what holds for every decision."""
+"""The rules of `decide`, one row per case, and what holds for every decision."""
 
 from __future__ import annotations
 

@@ -272,7 +272,9 @@ def marking(owners: list[Object], listed: str | None = None, label: str | None =
 def test_it_may_mark_only_pods_of_a_deployment_that_it_may_patch() -> None:
     owner = REPLICA_SET | {"name": f"{NAME}-{HASH}"}
     assert not marking([owner])
-    assert marking([]) == ["queue-scaler may mark only pods of a Deployment that it may patch"]
+    assert marking([]) == [
+        "queue-scaler may set the deletion cost only of pods of a Deployment that it may patch"
+    ]
     for other in OTHERS:
         assert marking([owner | other]), other
     assert marking([owner], label=None)

@@ -63,7 +63,7 @@ def settings(queue: FakeFirestore) -> dict[str, str]:
     }
 
 
-def test_the_linter_of_dockerfiles_has_nothing_to_say() -> None:
+def test_hadolint_passes() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not hadolint:
         lacking("hadolint is not installed (see requirements-dev.txt)")
@@ -79,7 +79,7 @@ def test_the_build_sees_only_what_it_copies() -> None:
     assert set(others) == {f"!{name}" for names in copied for name in names.split()}
 
 
-def test_the_image_says_what_it_is_and_is_not_roots(image: Image) -> None:
+def test_the_image_has_labels_and_a_non_root_user(image: Image) -> None:
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", image.config("User"))
     for name in ("title", "description", "licenses"):
         assert image.config("Labels")[f"org.opencontainers.image.{name}"]

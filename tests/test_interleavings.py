@@ -204,18 +204,18 @@ REMAINS = {
 
 
 @pytest.mark.parametrize(("moves", "start"), BROKE.values(), ids=BROKE)
-def test_what_broke_once_holds(moves: str, start: Start) -> None:
+def test_earlier_failures_stay_fixed(moves: str, start: Start) -> None:
     replay(moves, **start)
 
 
 @pytest.mark.xfail(raises=Broken, strict=True)
 @pytest.mark.parametrize(("moves", "start"), REMAINS.values(), ids=REMAINS)
-def test_what_remains(moves: str, start: Start) -> None:
+def test_the_known_gap(moves: str, start: Start) -> None:
     replay(moves, **start)
 
 
 @pytest.mark.parametrize(("moves", "start"), REMAINS.values(), ids=REMAINS)
-def test_what_remains_is_noticed_by_way_of_the_deployment_controller(
+def test_the_known_gap_is_noticed_if_the_deployment_controller_acts(
     moves: str, start: Start
 ) -> None:
     replay(moves.replace("replicasets; pods; pods", "controllers"), **start)

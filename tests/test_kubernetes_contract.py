@@ -205,7 +205,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
 # --- Patches, versions, owners -----------------------------------------------------------------
 
 
-def test_a_merge_patch_is_good_for_the_version_that_it_names(server: Server) -> None:
+def test_a_merge_patch_applies_only_to_the_version_that_it_names(server: Server) -> None:
     path = server.add_deployment()
     before = server.ok("GET", path)
     for nothing in (scale(1), annotated(who="me", absent=None)):
@@ -229,7 +229,7 @@ def test_a_merge_patch_is_good_for_the_version_that_it_names(server: Server) -> 
     assert settled["metadata"]["annotations"]["deployment.kubernetes.io/revision"] == "1"
 
 
-def test_who_changed_replicas_last_owns_them_through_the_scale_as_well(server: Server) -> None:
+def test_the_last_writer_owns_replicas_also_through_the_scale_subresource(server: Server) -> None:
     path = server.add_deployment()
     assert owners(server.ok("GET", path), "spec", "replicas") == [("creator", "")]
     patch = {**scale(2), **annotated(**{"queue-scaler/last-scale": "up 1->2"})}
@@ -441,7 +441,7 @@ def test_pods_are_of_their_replica_set_and_go_by_their_deletion_cost(server: Ser
     assert sorted(pod["metadata"]["name"] for pod in server.pods()) == sorted(keep)
 
 
-def test_a_patch_of_a_pod_is_good_for_the_version_that_it_names(server: Server) -> None:
+def test_a_pod_patch_applies_only_to_the_version_that_it_names(server: Server) -> None:
     server.add_deployment()
     [pod] = server.pods()
     path = server.path("pods", pod["metadata"]["name"])
@@ -515,7 +515,7 @@ def test_a_rollout_whose_replica_set_makes_no_pods_shares_a_rescale_in_proportio
     wait_for(lambda: not server.pods())
 
 
-def test_a_paused_rollout_stays_where_it_is_but_for_a_rescale(server: Server) -> None:
+def test_a_paused_rollout_changes_only_with_a_rescale(server: Server) -> None:
     path = server.add_deployment(replicas=10)
     stalled = {"maxSurge": 2, "maxUnavailable": 0}
     server.ok("PATCH", path, {"spec": {"strategy": {"rollingUpdate": stalled}}})
@@ -592,7 +592,7 @@ def test_a_replica_set_made_by_hand_is_adopted_and_scaled_down_as_an_old_one(
     assert {one["metadata"]["ownerReferences"][0]["uid"] for one in found.values()} == {uid}
 
 
-def test_the_names_of_a_long_deployments_replica_set_and_pods_are_cut(server: Server) -> None:
+def test_long_names_of_replica_sets_and_pods_are_truncated(server: Server) -> None:
     name = "w" * 245
     server.add_deployment(name, app="worker")
     [owned], [pod] = server.sets(), server.pods()
@@ -603,7 +603,7 @@ def test_the_names_of_a_long_deployments_replica_set_and_pods_are_cut(server: Se
     assert pod["metadata"]["name"][:58] == name[:58]
 
 
-def test_a_pod_whose_labels_were_changed_is_replaced_and_its_own_master(server: Server) -> None:
+def test_a_relabeled_pod_is_released_and_replaced(server: Server) -> None:
     server.add_deployment(replicas=2)
     first, second = (pod["metadata"]["name"] for pod in server.pods())
     released = {"metadata": {"labels": {"app": "debug"}}}
@@ -633,7 +633,7 @@ subjects: [{{kind: ServiceAccount, name: scaler, namespace: {namespace}}}]
 """
 
 
-def test_a_role_allows_what_it_names_and_a_refusal_says_who_cannot_do_what(server: Server) -> None:
+def test_a_role_allows_what_it_names_and_a_denial_names_user_and_verb(server: Server) -> None:
     user = f"system:serviceaccount:{server.namespace}:scaler"
     headers = {"Impersonate-User": user}
     path, other = server.add_deployment(), server.add_deployment("other")

@@ -1,4 +1,4 @@
-"""A scale whose client has given up, and that reaches the API server all the same."""
+"""A rescale whose client has given up, but that still reaches the API server."""
 
 from __future__ import annotations
 

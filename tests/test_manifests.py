@@ -213,7 +213,7 @@ def test_the_pods_meet_the_standard_restricted_with_the_images_user_and_have_bou
     assert amounts["requests"].keys() == {"cpu", *amounts["limits"]}
 
 
-def test_the_token_and_the_key_in_comments_lie_where_the_clients_look_for_them() -> None:
+def test_the_token_and_the_commented_key_are_where_the_clients_look() -> None:
     for each in (POD, one("rbac.yaml", "ServiceAccount")):
         assert each["automountServiceAccountToken"] is False
     token, key = pod_of(COMMENTED)["volumes"]
@@ -232,7 +232,7 @@ def test_the_token_and_the_key_in_comments_lie_where_the_clients_look_for_them()
     assert namespace["downwardAPI"]["items"][0]["path"] == "namespace"
 
 
-def test_the_cronjob_its_jobs_and_its_pods_tell_whose_they_are() -> None:
+def test_the_instance_label_is_on_the_cronjob_its_jobs_and_its_pods() -> None:
     expected = {"app": "queue-scaler", "app.kubernetes.io/instance": NAME}
     assert labels_of(CRONJOB) == [expected] * 3
     selector = one("examples/networkpolicy.yaml", "NetworkPolicy")["spec"]["podSelector"]
@@ -301,7 +301,7 @@ def test_the_base_takes_each_name_from_one_place(tmp_path: Path) -> None:
     check_one_scaler(kustomize(tmp_path), "queue-scaler", "media", "thumbnails", image)
 
 
-def test_the_base_unedited_is_what_its_files_are() -> None:
+def test_the_unedited_base_equals_its_files() -> None:
     files = [*load("rbac.yaml"), CRONJOB]
     for each in files:
         each["metadata"] = {**each["metadata"], "namespace": "default"}

@@ -1,4 +1,4 @@
-"""Every sentence that a run can write, in one table per kind: what happened, what the scaler did
+"""Every message that a run can write, in one table per kind: what happened, what the scaler did
 about it, what to do.
 
 Mistakes in the settings are in test_settings.py and test_filters.py; quoted lines of whole runs are
@@ -237,8 +237,8 @@ WARNINGS = [
      "1 busy job names no live pod of the Deployment, such as assignedPodId='gone' in jobs/1, and "
      "protects none; if that worker is gone, return its job to the queue"),
     (busy_jobs(("jobs/1", "")),
-     "1 busy job names no pod, such as assignedPodId='' in jobs/1; whichever pod works on it is "
-     "not protected; set the field in the same write that claims the job"),
+     "1 busy job names no pod, such as assignedPodId='' in jobs/1; the pod that works on such a "
+     "job is not protected; set the field in the same write that claims the job"),
     (busy_jobs(("jobs/1", "gone"), ("jobs/2", "lost")),
      "2 busy jobs name no live pod of the Deployment, such as assignedPodId='gone' in jobs/1, and "
      "protect none; if that worker is gone, return its job to the queue"),
@@ -384,11 +384,11 @@ def test_a_refusal_in_words(
 
 
 @pytest.mark.usefixtures("one_try")
-def test_a_response_without_sense_in_words(world: World) -> None:
+def test_an_unusable_response_in_words(world: World) -> None:
     table = kubernetes.body(b'{"kind": "Table", "items": [], "metadata": {}}')
     world.cluster.fault(Match("list", "pods"), table, times=None)
     assert last_line(world.run(**DOWN)) == (
-        "ClusterUnavailable: the API server's response makes no sense while listing the pods: "
+        "ClusterUnavailable: the API server sent an unusable response while listing the pods: "
         "ValueError: kind is 'Table'; stays at 1 pod"
     )
 
@@ -404,7 +404,7 @@ def test_a_server_that_does_not_respond_in_words(world: World) -> None:
 def test_credentials_that_no_request_can_carry_in_words(world: World) -> None:
     config = world.cluster.write_kubeconfig(world.directory / "odd", token="two\nlines")
     assert last_line(world.run(KUBECONFIG=str(config))) == (
-        "Forbidden: the credentials hold a character that no HTTP header can, such as a line end"
+        "Forbidden: the credentials contain a character that HTTP headers forbid, such as a newline"
     )
 
 
@@ -417,13 +417,11 @@ def test_a_look_without_time_in_words(world: World, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("one_try")
-def test_a_scale_down_by_an_old_read_in_words(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queue_read_too_long_ago_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaler, "FRESH_SECONDS", -1)
     world.cluster.scale("worker", 3)
     assert last_line(world.run(**DOWN)) == (
-        "ClusterUnavailable: the read of the queue is too old to remove pods by; stays at 3 pods"
+        "ClusterUnavailable: the queue was read too long ago to remove pods; stays at 3 pods"
     )
 
 
@@ -501,8 +499,8 @@ ABORTED = [
      "ClusterUnavailable: the API server did not respond; not known whether the patch was applied, "
      "the next look will check"),
     (aborted(scaler.suspended(61.4), "Interrupted"),
-     "Interrupted: the process was suspended until 61 s past its time; the next run looks again; "
-     "stays at 3 pods"),
+     "Interrupted: the process was suspended until 61 s past its deadline; the next run looks "
+     "again; stays at 3 pods"),
 ]
 # fmt: on
 
@@ -592,7 +590,7 @@ RUNS: dict[str, tuple[Callable[[World], Run], list[str]]] = {
         "minimum; stays at 3 pods, as a rollout is in progress and 1 pod is busy"]),
     "the wrong pod field": (wrong_pod_field, [
         "ERROR AutoScaler default/worker InvalidSettings: the busy job names no pod in the "
-        "field `assignedPodId` (BUSY_POD_FIELD), so that it is unknown which pods are busy; "
+        "field `assignedPodId` (BUSY_POD_FIELD), so it is unknown which pods are busy; "
         "stays at 3 "
         "pods; set BUSY_POD_FIELD to the field with the pod's name; a busy job has `pod`, "
         "`attempt`, `status`"]),
@@ -670,7 +668,7 @@ def test_every_line_names_the_deployment(
         (None, {"LOG_LEVEL": "WARNING"}, None),
     ],
 )
-def test_a_wrong_collection_or_field_is_hinted_at(
+def test_a_hint_names_a_wrong_collection_or_field(
     world: World, document: dict[str, object] | None, settings: dict[str, str], hint: str | None
 ) -> None:
     if document:

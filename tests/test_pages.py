@@ -291,7 +291,7 @@ def test_kubectl_accepts_every_command(command: str, cluster: ForKubectl, world:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", BY_HAND)
-def test_a_run_by_hand_and_a_try(job: str, cluster: ForKubectl, world: World) -> None:
+def test_a_manual_run_and_a_dry_run(job: str, cluster: ForKubectl, world: World) -> None:
     cluster.objects["jobs"].clear()
     (block,) = (block for block in blocks(OPERATIONS, "bash") if f"create job {job}" in block)
     *lines, delete = block.splitlines()

@@ -250,7 +250,7 @@ def test_no_secret_in_google_credentials_is_written(
 )
 @pytest.mark.parametrize("variable", ["DEPLOYMENT", "NAMESPACE", "MAX_REPLICAS", "WAITING_FILTER"])
 def test_a_secret_in_the_wrong_variable(world: World, variable: str, secret: str) -> None:
-    """Wrong values are shown, as the contract has it, but not what is plainly a secret."""
+    """Invalid values are shown, but not what is plainly a secret."""
     run = world.run(**{variable: secret})
     assert run.exit_code == 2, run
     check(world, run)

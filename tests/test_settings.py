@@ -24,7 +24,7 @@ def problems(**environ: str) -> str:
     return str(caught.value)
 
 
-def test_the_defaults_are_those_of_the_contract() -> None:
+def test_the_defaults_are_as_documented() -> None:
     assert scaler.read_settings(NEEDED) == scaler.Settings(
         deployment="worker",
         namespace=None,
@@ -96,9 +96,9 @@ WRONG = [
     ("WAITING_FILTER", '[["status", "<", null]]', "null goes with == and != only"),
     ("WAITING_FILTER", '[[1, "==", "waiting"]]', "1 is not a field path"),
     ("WAITING_FILTER", '[["a..b", "==", 1]]', "'a..b' is not a field path"),
-    ("WAITING_FILTER", '[[" status", "==", 1]]', "no space around one"),
-    ("WAITING_FILTER", '[["status ", "==", 1]]', "no space around one"),
-    ("WAITING_FILTER", '[["a. b", "==", 1]]', "no space around one"),
+    ("WAITING_FILTER", '[[" status", "==", 1]]', "no space at its ends"),
+    ("WAITING_FILTER", '[["status ", "==", 1]]', "no space at its ends"),
+    ("WAITING_FILTER", '[["a. b", "==", 1]]', "no space at its ends"),
     ("WAITING_FILTER", f'[["n", "==", {2**63}]]', f"{2**63} cannot be sent: "),
     ("WAITING_FILTER", f'[["n", "==", {{"a": {2**63}}}]]', "at most 64 bits"),
     ("WAITING_FILTER", f'[["n", "==", {-(2**63) - 1}]]', "at most 64 bits"),
@@ -121,7 +121,7 @@ WRONG = [
     (
         "SCHEDULED_MIN_REPLICAS",
         "2 Mon 07:00-08:00 Asia/Soul",
-        "'Asia/Soul': expected a time zone, as Asia/Seoul or UTC",
+        "'Asia/Soul': expected a time zone such as Asia/Seoul or UTC",
     ),
     ("SCHEDULED_MIN_REPLICAS", "4 Mon 07:00-08:00 UTC", "no more than MAX_REPLICAS, which is '3'"),
     (

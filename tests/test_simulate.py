@@ -1,4 +1,4 @@
-"""The simulator, held against the real script, against the windows' model, and by hand."""
+"""The simulator, compared with the real script, with the windows' model, and with hand counts."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def watched(look: Any, note: Any) -> Any:
 # ------------------------------------------------------------------------------------ by hand
 
 
-def test_a_pod_that_is_there_takes_a_job_at_once_and_the_oldest_first() -> None:
+def test_an_idle_pod_takes_the_oldest_job_immediately() -> None:
     jobs = [job(0, 100), job(20, 10), job(10, 50)]
     row = outcome_of(jobs, {"MAX_REPLICAS": "1"}).row
     # Started after 0, 100 and 150 s: they waited for 0, 90 and 130 s.
@@ -477,7 +477,7 @@ def test_columns_can_have_other_names_and_others_beside_them(
         (["MAX_REPLICAS=8", " MAX_REPLICAS=8"], "--try ' MAX_REPLICAS=8': given twice"),
     ],
 )
-def test_a_variant_that_cannot_be_meant_is_an_error(
+def test_an_invalid_variant_is_an_error(
     tries: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = said(capsys, SAMPLE, *(word for text in tries for word in ("--try", text)))
@@ -485,7 +485,7 @@ def test_a_variant_that_cannot_be_meant_is_an_error(
     assert problem in err and len(err.splitlines()) == 1, err
 
 
-def test_a_wrong_setting_gets_the_scalers_own_sentence(
+def test_an_invalid_setting_gets_the_scalers_own_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(scaler.Failure) as own:

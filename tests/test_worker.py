@@ -368,7 +368,7 @@ def test_eight_workers_do_200_jobs_exactly_once(workers: Workers, jobs: Client) 
     assert values(jobs, "attempts") == {1: 200}
 
 
-def test_to_lose_a_race_for_a_job_is_normal(workers: Workers, jobs: Client) -> None:
+def test_losing_a_race_for_a_job_is_normal(workers: Workers, jobs: Client) -> None:
     rivals = [workers.start(f"pod-{index}", before=RIVALS) for index in range(4)]
     for number in range(5):
         fill(jobs, [number])
@@ -427,7 +427,7 @@ def test_a_worker_that_lost_its_lease_does_not_write_the_end(
 # --- With the scaler, and what the page says ------------------------------------------------------
 
 
-def test_the_scaler_leaves_a_pod_at_work(workers: Workers, jobs: Client, emulated: World) -> None:
+def test_the_scaler_spares_a_busy_pod(workers: Workers, jobs: Client, emulated: World) -> None:
     emulated.cluster.scale("worker", 3)
     busy = emulated.cluster.pods("worker")[1]["metadata"]["name"]
     fill(jobs, range(1), seconds=60)

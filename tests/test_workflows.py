@@ -87,7 +87,7 @@ def test_actions_are_pinned_to_a_version_and_to_the_same_one() -> None:
     assert len(used) == len({one.partition("@")[0] for one in used}), sorted(used)
 
 
-def test_the_workflow_asks_what_ci_run_asks() -> None:
+def test_the_workflow_runs_what_ci_run_runs() -> None:
     assert (REPOSITORY / ".ci/run").read_text().splitlines()[-1] == "make ci"
     assert "make ci PYTHON=python" in [step.get("run") for step in steps("ci.yml")]
 
@@ -100,7 +100,7 @@ def test_pre_commit_has_the_versions_of_requirements_dev() -> None:
             assert f"\n{package}=={one['rev'].removeprefix('v')} " in requirements
 
 
-def test_a_line_is_as_long_for_every_tool() -> None:
+def test_every_tool_has_the_same_line_length() -> None:
     editor = ConfigParser()
     editor.read_string("[top]\n" + (REPOSITORY / ".editorconfig").read_text())
     ruff = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["ruff"]
@@ -109,7 +109,7 @@ def test_a_line_is_as_long_for_every_tool() -> None:
 
 
 @pytest.mark.slow
-def test_yamllint_has_nothing_to_say_about_any_file() -> None:
+def test_yamllint_passes() -> None:
     command = [sys.executable, "-m", "yamllint", "--strict", "."]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout

@@ -1,1 +1,1 @@
-"""The demo and the benchmark."""
+"""What `make` runs: demo, chart, simulation, benchmark, mutation testing."""

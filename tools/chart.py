@@ -1,7 +1,7 @@
 """Draws jobs and pods over time as an SVG that can be read on a white page and on a black one.
 
-python -m tools.chart FILE    an hour and a half of work, as the real script decides (`make
-                              picture` draws docs/replicas.svg with it)
+python -m tools.chart FILE    80 minutes of work, as the real script decides (`make picture`
+                              draws docs/replicas.svg with it)
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ ARRIVALS = {3: (2, 4), 10: (1, 3), 14: (16, 7), 18: (8, 6), 44: (6, 6), 48: (4, 
 MINUTES = 80
 
 
-def follow_an_hour() -> list[Point]:
+def follow_the_queue() -> list[Point]:
     """What scaler.py, a process a minute, sees and decides in the demo's environment."""
     from tests.support.world import BUSY
     from tools.demo import working_world
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, metavar="FILE")
     file: Path = parser.parse_args(argv).file
     caption = "Pods following the queue, as scaler.py decided minute by minute"
-    panel = Panel(follow_an_hour(), MINUTES * MINUTE, limit=MOST_PODS)
+    panel = Panel(follow_the_queue(), MINUTES * MINUTE, limit=MOST_PODS)
     file.write_text(draw([panel], caption))
     print(f"{file}: {MINUTES} runs of scaler.py")
     return 0

@@ -220,7 +220,7 @@ def short_queue(screen: Screen) -> None:
 
         screen.headline(
             "3. Five jobs wait",
-            "3 pods, the most (MAX_REPLICAS=3), as soon as the last scale-up is two minutes ago.",
+            "3 pods, the maximum (MAX_REPLICAS=3), two minutes after the last scale-up.",
         )
         world.add_jobs(3)
         show.minutes(3)
