@@ -59,7 +59,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta, tzinfo
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -245,6 +244,12 @@ def filters(raw: str) -> Filter:
         parsed = tuple(tuple(parse_condition(one) for one in each) for each in alternatives)
         if disjunctions(parsed) > DISJUNCTIONS:
             raise ValueError(f"Firestore takes at most {DISJUNCTIONS} alternatives, lists included")
+        for _, question in signed_union(parsed):
+            if (together := math.prod(map(disjunctions, question))) > DISJUNCTIONS:
+                raise ValueError(
+                    f"a job can match several alternatives, which multiply to {together}, lists "
+                    f"included, and Firestore takes at most {DISJUNCTIONS}"
+                )
         used = {op for each in parsed for _, op, _ in each}
         if "not-in" in used and (len(parsed) > 1 or used & {"in", "array_contains_any"}):
             raise ValueError("Firestore cannot combine not-in with alternatives, in or any")
@@ -354,17 +359,23 @@ def signed_union(alternatives: Filter) -> list[tuple[int, Question]]:
     An inequality sorts by its field, in whichever alternative it is, and Firestore leaves out of a
     sorted query the jobs without the field. So only alternatives with inequalities on the same
     fields share a query; the jobs that two queries count are subtracted.
+
+    Raises ValueError if that takes more than DISJUNCTIONS questions.
     """
     groups: dict[frozenset[str], list[tuple[Condition, ...]]] = {}
     for each in alternatives:
         fields = frozenset(name for name, op, _ in each if op in SORTING)
         groups.setdefault(fields, []).append(each)
-    return [
-        (-1 if len(some) % 2 == 0 else 1, some)
-        for size in range(1, len(groups) + 1)
-        for some in combinations(map(tuple, groups.values()), size)
-        if not any(exclusive(*pair) for pair in combinations(some, 2))
-    ]
+    found: list[Question] = []
+    for group in map(tuple, groups.values()):
+        beside = [some for some in found if not any(exclusive(group, one) for one in some)]
+        found += [(group,), *((*some, group) for some in beside)]
+        if len(found) > DISJUNCTIONS:
+            raise ValueError(
+                f"counting each job once would take more than {DISJUNCTIONS} queries: a job can "
+                "match too many alternatives with inequalities on different fields"
+            )
+    return [(1 if len(some) % 2 else -1, some) for some in found]
 
 
 def single(signed: Iterable[tuple[int, Question]], beside: int = 0) -> list[Question]:
@@ -974,8 +985,8 @@ class Removable:
 class Inputs:
     """All that a decision rests on.
 
-    `current` is spec.replicas, in pods; `own_zero` whether a 0 there was set by this scaler. What
-    was not read is None.
+    `current` is spec.replicas, in pods; `own_zero` whether a 0 there was set by this scaler;
+    `reach`, how many pods paused-replicas may remove now. What was not read is None.
     """
 
     now: datetime
@@ -984,6 +995,7 @@ class Inputs:
     queue: QueueLength | None = None
     removable: Removable | None = None
     own_zero: bool = False
+    reach: int | None = None
 
 
 @dataclass(frozen=True)
@@ -1096,7 +1108,11 @@ def paused(settings: Settings, inputs: Inputs) -> Decision | None:
         return conclude(inputs, Verdict(inputs.current), "Paused", why)
     if state.paused_replicas is not None:
         why = f"{PAUSED_REPLICAS}={state.paused_replicas}{state.until}"
-        return conclude(inputs, Verdict(state.paused_replicas), "Paused", why)
+        number = state.paused_replicas
+        if inputs.reach is not None and number < inputs.current - inputs.reach:
+            number = inputs.current - inputs.reach
+            why += ", as far as there was time to choose idle pods"
+        return conclude(inputs, Verdict(number), "Paused", why)
     return None
 
 
@@ -1328,6 +1344,7 @@ def rescale_annotations(decision: Decision, now: datetime) -> dict[str, str | No
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 MARKS_BEGAN = datetime(2020, 1, 1, tzinfo=UTC)
 HIGHEST_MARK = -100_000_000  # each deletion cost that a run sets is this or lower
+MARK_OF_BUSY = INT32_MAX  # except that 0.2.0 set this on busy pods, and might have left it
 
 
 @dataclass(frozen=True)
@@ -1450,7 +1467,9 @@ def choose_victims(live: Sequence[Pod], busy: Iterable[str], count: int) -> list
     idle_on = Counter(pod.node for pod in idle)
 
     def order(pod: Pod) -> tuple[Any, ...]:
-        cost = 0 if pod.own_cost else pod.cost
+        # That of a run counts as none, unless the run only gave back what was there before.
+        none = pod.own_cost and (pod.cost <= HIGHEST_MARK or pod.cost == MARK_OF_BUSY)
+        cost = 0 if none else pod.cost
         return pod.rank, cost, busy_on[pod.node], idle_on[pod.node], pod.node, pod.name
 
     return sorted(idle, key=order)[: max(0, count)]
@@ -1489,7 +1508,8 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
     # which of them it is, is unknown.
     places: dict[str, set[str]] = {}
     for pod in live:
-        for place in filter(None, (pod.node, *pod.addresses)):
+        host = pod.node.partition(".")[0]
+        for place in filter(None, (pod.node, "" if host.isdigit() else host, *pod.addresses)):
             places.setdefault(place.lower(), set()).add(pod.name)
     busy: set[str] = set()
     count = 0
@@ -1545,11 +1565,14 @@ def texts(value: object) -> Iterator[str]:
 
 
 def recognize(text: str, forms: Mapping[str, str], places: Mapping[str, set[str]]) -> set[str]:
-    """The pods that a text names: as a whole, or as a part of it, such as in `namespace/pod` or a
-    host name with its domain."""
+    """The pods that a text names: as a whole, or as a part of it, as in `namespace/pod`, in a host
+    name with its domain, or an address with a port."""
     if text in forms:
         return {forms[text]}
-    return places.get(text) or {name for form, name in forms.items() if form in text}
+    words = re.findall(r"[\w.:-]*[\w-]", text)
+    parts = [*words, *(word.rpartition(":")[0] for word in words), text.partition(".")[0]]
+    found = set().union(*(places.get(part, ()) for part in parts))
+    return found or {name for form, name in forms.items() if form in text}
 
 
 # ---------------------------------------------------------------------------------- deadline
@@ -1878,36 +1901,44 @@ class JobQueue:
         """
         settings = self._settings
         name = settings.busy_pod_field
-        limit = max(BUSY_JOBS, 2 * len(live))
+        most = max(BUSY_JOBS, 2 * len(live))
         missing = object()
 
-        def read(query: Any, **call: Any) -> list[tuple[str, object]]:
-            def value(job: Any) -> object:
-                try:
-                    found: object = job.get(name)
-                except KeyError:
-                    return missing
-                return found if any(texts(found)) else missing
+        def value(job: Any) -> object:
+            try:
+                found: object = job.get(name)
+            except KeyError:
+                return missing
+            return found if any(texts(found)) else missing
 
-            rows = query.limit(limit).select([name]).stream(**call)
-            return [(job.reference.path, value(job)) for job in rows]
+        def ask(questions: Sequence[Question], limit: int) -> list[list[tuple[str, object]]]:
+            def read(query: Any, **call: Any) -> list[tuple[str, object]]:
+                rows = query.limit(limit).select([name]).stream(**call)
+                return [(job.reference.path, value(job)) for job in rows]
 
-        doing = "reading which pods are busy"
+            return self._ask_all("reading which pods are busy", read, questions)
+
         groups = single(signed_union(settings.busy_filter or ()))
-        asked = self._ask_all(doing, read, groups)
-        jobs = list({path: (path, value) for found in asked for path, value in found}.values())
+        asked = ask(groups, most)
+        # A job that was read twice may have changed hands meanwhile: both pods count.
+        pairs = {(path, repr(value)): (path, value) for one in asked for path, value in one}
+        jobs = list(pairs.values())
         if jobs and all(value is missing for _, value in jobs):
             self._blame_pod_field(live, len(jobs), groups)
         jobs = [(path, None if value is missing else value) for path, value in jobs]
         found = find_busy_pods(live, jobs, name)
-        if any(len(one) >= limit for one in asked):
-            # There are more busy jobs than were read, so that those of the pods are read by name.
-            batches = single(self._batches([pod.name for pod in live]), beside=1)
-            named = [job for one in self._ask_all(doing, read, batches) for job in one]
-            exact = find_busy_pods(live, named, name)
-            names, jobs_found = found.names | exact.names, max(found.jobs, exact.jobs)
-            return replace(found, names=names, jobs=jobs_found, incomplete=found.inexact)
-        return found
+        if not any(len(one) >= most for one in asked):
+            return found
+        # There are more busy jobs than were read: read those of the pods by name and, if that is
+        # cut off, too, one of each pod that is not known to be busy yet.
+        named = ask(single(self._batches([pod.name for pod in live]), beside=1), most)
+        exact = find_busy_pods(live, [job for one in named for job in one], name)
+        names, count = found.names | exact.names, max(found.jobs, exact.jobs)
+        if any(len(one) >= most for one in named):
+            rest = [pod.name for pod in live if pod.name not in names]
+            last = ask(single(self._batches(rest, 1), beside=1), 1)
+            names |= find_busy_pods(live, [job for one in last for job in one], name).names
+        return replace(found, names=names, jobs=count, incomplete=found.inexact)
 
     def _blame_pod_field(
         self, live: Sequence[Pod], count: int, groups: Sequence[Question]
@@ -1917,13 +1948,16 @@ class JobQueue:
         def read(query: Any, **call: Any) -> list[dict[str, object]]:
             return [job.to_dict() or {} for job in query.limit(1).stream(**call)]
 
-        asked = self._ask_all("reading a busy job", read, groups)
-        document = next((job for found in asked for job in found), {})
+        document: dict[str, object] = {}
+        with suppress(QueueFailure):  # then there is less to say
+            asked = self._ask_all("reading a busy job", read, groups, retry=False)
+            document = next((job for found in asked for job in found), {})
         names = sorted(
             document,
             key=lambda name: (not find_busy_pods(live, [("", document[name])], name).names, name),
         )
-        shown = ", ".join(f"`{name}`" for name in names[:5]) or "no field at all"
+        shown = ", ".join(f"`{name}`" for name in names[:5])
+        shown = f"; a busy job has {shown}" if names else ""
         name = self._settings.busy_pod_field
         none = (
             "the busy job names no pod" if count == 1 else f"none of {count} busy jobs names a pod"
@@ -1931,15 +1965,17 @@ class JobQueue:
         raise Failure(
             "InvalidSettings",
             f"{none} in the field `{name}` (BUSY_POD_FIELD), so it is unknown which pods are busy",
-            advice=f"set BUSY_POD_FIELD to the field with the pod's name; a busy job has {shown}",
+            advice=f"set BUSY_POD_FIELD to the field with the pod's name{shown}",
             exit_code=2,
         )
 
-    def _batches(self, pod_names: Sequence[str]) -> Iterator[tuple[int, Question]]:
+    def _batches(
+        self, pod_names: Sequence[str], most: int = DISJUNCTIONS
+    ) -> Iterator[tuple[int, Question]]:
         """The questions about the busy jobs of as many pods as Firestore takes in an `in`, whose
         limit is on the product of it and of the alternatives and lists in BUSY_FILTER."""
         for sign, question in signed_union(self._settings.busy_filter or ()):
-            size = max(1, DISJUNCTIONS // math.prod(map(disjunctions, question)))
+            size = min(most, max(1, DISJUNCTIONS // math.prod(map(disjunctions, question))))
             for start in range(0, len(pod_names), size):
                 names = list(pod_names[start : start + size])
                 yield sign, (*question, (((self._settings.busy_pod_field, "in", names),),))
@@ -2001,6 +2037,10 @@ class JobQueue:
             answer = read(query, retry=never, timeout=timeout)
         except (GoogleAPIError, GoogleAuthError) as error:
             raise queue_failure(doing, error, proxy_advice(self._firestore.environ)) from error
+        except (ValueError, TypeError) as error:
+            problem = f"a job's document cannot be read while {doing}: {one_line(error)}"
+            advice = "no field that is read may hold a reference into another database"
+            raise QueueFailure("QueueUnavailable", problem, advice=advice, exit_code=2) from error
         self._log.debug(lambda: f"{doing} took {time.monotonic() - started:.3f} s: {answer}")
         return answer
 
@@ -2020,7 +2060,7 @@ def waiting_since(value: object) -> datetime:
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PAGE = 500
-OBSERVE_SECONDS = 0.3
+OBSERVE_SECONDS = (0.1, 0.2, 0.4, 0.8)
 # All requests of this script: method, resource, and the verb that a Role has for it.
 REQUESTS = {
     "reading the Deployment": ("GET", "deployments", "get"),
@@ -2229,9 +2269,10 @@ class Cluster:
         """The Deployment, after a moment for its controller to observe the last change: the status
         that it then writes changes the resourceVersion."""
         deployment = self.read_deployment()
-        if not deployment.observed:
-            sleep(OBSERVE_SECONDS)
-            deployment = self.read_deployment()
+        for seconds in OBSERVE_SECONDS:
+            if not deployment.observed:
+                sleep(seconds)
+                deployment = self.read_deployment()
         return deployment
 
     def read_fleet(self, deployment: Deployment, observed: bool) -> Fleet:
@@ -2272,15 +2313,16 @@ class Cluster:
                 return found
             page["continue"] = token
 
-    def set_deletion_cost(self, pod: Pod, cost: int | None) -> Pod | None:
+    def set_deletion_cost(self, pod: Pod, cost: int | None, retry: bool = True) -> Pod | None:
         """The pod after that; None if it is gone. A cost of None removes it.
 
         It carries the pod's resourceVersion, so that a late request cannot undo another run's.
         """
         annotations = {DELETION_COST: None if cost is None else str(cost)}
         body = {"metadata": {"annotations": annotations, "resourceVersion": pod.version}}
+        request = self._retried if retry else self._request
         try:
-            self._retried("setting a pod's deletion cost", dict, pod.name, body)
+            request("setting a pod's deletion cost", dict, pod.name, body)
         except Failure as failure:
             if failure.status == 404:
                 return None
@@ -2332,7 +2374,9 @@ class Cluster:
         method, resource, _ = REQUESTS[doing]
         self._progress.enter(doing, "ClusterUnavailable")
         if not self._progress.deadline.left():
-            raise Failure("ClusterUnavailable", f"no time was left for {doing}")
+            # Not transient: that would mean that the request may have arrived.
+            problem = f"no time was left for {doing}"
+            raise Failure("ClusterUnavailable", problem, transient=False)
         group = "/apis/apps/v1" if resource in ("deployments", "replicasets") else "/api/v1"
         path = f"{group}/namespaces/{self._api.namespace}/{resource}" + (f"/{name}" if name else "")
         started = time.monotonic()
@@ -2445,8 +2489,10 @@ class Look:
 
     `token` is this look's, in the leases that it takes. `pending` are the decisions whose patch may
     or may not have been applied; `deployment` is the Deployment as last read or patched, `state`
-    what its annotations said at the start of the attempt. `leased`: this look has the lease;
-    `verified`: when, on the monotonic clock and the wall's, this attempt had read all again.
+    what its annotations said at the start of the attempt. `leased`: this look has the lease, and
+    had it when the pods were last listed; `verified`: when, on the monotonic clock and the wall's,
+    this attempt began to read the queue again; `costs`: the deletion costs that somebody else had
+    set on pods that this look has marked, by UID; `uncleared`: why it left those of an earlier run.
     """
 
     deployment: Deployment
@@ -2469,6 +2515,8 @@ class Look:
         self.began = time.monotonic()
         self.leased = False
         self.verified: tuple[float, datetime] | None = None
+        self.costs: dict[str, int] = {}
+        self.uncleared = ""
 
     def take(self) -> Decision:
         """Look, and again from the start if another writer came in between.
@@ -2478,7 +2526,7 @@ class Look:
         try:
             # An attempt that begins later would blame the queue for the time that it lacks.
             return self.progress.deadline.retrying("read_again", reserve=True)(self.attempt)
-        except Failure:
+        except Exception:
             if self.progress.current is not None and self.is_own_lease():
                 with suppress(Failure):  # or else it expires
                     self.deployment = self.cluster.read_deployment()
@@ -2493,12 +2541,10 @@ class Look:
         for decision in self.pending:
             if was_applied(decision, deployment):
                 return self.finish(decision)
-        # A rescale still in flight must meet another resourceVersion, so the lease is taken again.
-        progress.in_doubt = bool(self.pending)
-        self.leased = self.is_own_lease() and not self.pending
+        progress.in_doubt, self.leased = bool(self.pending), False
         owners, now = deployment.replicas_owners, self.now
         self.state = parse_state(deployment.annotations, settings, now, deployment.restored)
-        self.warnings = list(self.state.warnings)
+        self.warnings = list(filter(None, (*self.state.warnings, self.uncleared)))
         if other := other_writer(owners, self.state.last_scale_time):
             self.warnings.append(f"two writers: spec.replicas was last set by {other}; remove one")
         own_zero = {entry.get("manager") for entry in owners} == {FIELD_MANAGER}
@@ -2540,7 +2586,10 @@ class Look:
         """The decision, ready to be applied: if it removes pods, its victims have the lowest
         deletion cost, and a second read of the queue has found them idle."""
         last = self.last_lease()
-        cost = last.cost if last and self.leased else victim_cost(self.now, fleet.pods, last)
+        cost = victim_cost(self.now, fleet.pods, last)
+        # A rescale still in flight must meet another resourceVersion, and so another lease.
+        if last and self.is_own_lease() and not self.pending:
+            cost = last.cost
         busy = self.queue.busy_pods(fleet.pods)
         decision = self.judge(inputs, fleet, busy, cost)
         # `paused-replicas` does not wait for another run: it takes over that run's lease.
@@ -2577,17 +2626,13 @@ class Look:
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
-        fleet = self.cluster.read_fleet(self.deployment, observed=True)
+        fleet = self.cluster.read_fleet(self.deployment, self.deployment.observed)
+        self.leased, self.verified = False, (time.monotonic(), self.log.clock())
         busy = self.queue.busy_pods(fleet.pods)
-        self.verified = time.monotonic(), self.log.clock()
-        before = {pod.name: pod for pod in victims}
-        marked = [pod for pod in fleet.pods if pod.name in before]
+        chosen = {pod.name for pod in victims}
+        marked = [pod for pod in fleet.pods if pod.name in chosen]
         claimed = [pod for pod in marked if pod.name in busy.names]
-
-        def spare(pods: Sequence[Pod]) -> dict[str, Pod]:
-            return {pod.name: pod for pod in self.set_costs(pods, None, before)}
-
-        spared = spare(claimed)
+        spared = {pod.name: pod for pod in self.set_costs(claimed, None)}
         gone = {pod.name for pod in claimed} - spared.keys()
         left = [spared.get(pod.name, pod) for pod in fleet.pods if pod.name not in gone]
         fleet = replace(fleet, pods=tuple(left))
@@ -2595,13 +2640,17 @@ class Look:
         limit = len(marked) - len(claimed) + missing
         decision = self.judge(inputs, fleet, busy, None, limit)
         if decision.change >= 0:
-            spare([pod for pod in marked if pod not in claimed])
+            self.set_costs([pod for pod in marked if pod not in claimed], None)
         elif decision.reason == "Paused":
-            # The number is set in any case: pods that became idle go in place of those spared.
+            # Pods that became idle go in place of those spared.
             count = len(fleet.pods) - (decision.replicas or 0)
-            chosen = choose_victims(fleet.pods, busy.names, count)
+            idle = choose_victims(fleet.pods, busy.names, count)
             until = time.monotonic() + min(self.progress.deadline.left(), FRESH_SECONDS) / 2
-            self.set_costs([pod for pod in chosen if pod.cost != cost], cost, until=until)
+            unset = [pod for pod in idle if pod.cost != cost]
+            left_over = len(unset) - len(self.set_costs(unset, cost, until=until))
+            if left_over and busy.names:
+                reach = len(idle) - left_over + missing
+                return decide(self.settings, replace(inputs, reach=reach))
         return decision
 
     def judge(
@@ -2654,9 +2703,8 @@ class Look:
         return None
 
     def take_lease(self, cost: int) -> None:
-        """Until the end of this look. Raises a Failure if anybody wrote in between."""
-        if self.leased:
-            return
+        """Until the end of this look. Raises a Failure if anybody has written since the Deployment
+        was read."""
         seconds = self.progress.deadline.end - self.began
         lease = Lease(whole_second(self.now + timedelta(seconds=seconds)), cost, self.token)
         self.deployment = self.cluster.patch_deployment(self.body({LEASE: str(lease)}))
@@ -2669,30 +2717,42 @@ class Look:
         chosen = {pod.name for pod in victims}
         stale = [pod for pod in fleet.marked if pod.name not in chosen]
         foreign = self.lease_of_another() and not self.leased
-        if not stale or fleet.removing or foreign or self.log.output.dry_run:
+        dry_run = self.log.output.dry_run
+        if not stale or fleet.removing or foreign or self.uncleared or dry_run:
             return
-        self.take_lease(victim_cost(self.now, fleet.pods, self.last_lease()))
-        self.set_costs(stale, None)
+        if not self.leased:
+            self.take_lease(victim_cost(self.now, fleet.pods, self.last_lease()))
+        until, problem = time.monotonic() + self.progress.deadline.left() / 2, "there was no time"
+        try:
+            done = self.set_costs(stale, None, until=until, retry=False)
+        except Failure as failure:
+            done, problem = [], failure.whole
+        # They do no harm to what the look is about to do, and the next one tries again.
+        if time.monotonic() > until or not done:
+            self.uncleared = f"deletion costs of an earlier run may be left: {problem}"
+            self.warnings.append(self.uncleared)
 
     def set_costs(
         self,
         pods: Sequence[Pod],
         cost: int | None,
-        before: Mapping[str, Pod] | None = None,
         until: float = math.inf,
+        retry: bool = True,
     ) -> list[Pod]:
         """The pods after that, without those that are gone, or that were not reached `until` then,
-        on the monotonic clock. Without a cost, each gets back the one that somebody else had set,
-        as far as `before` has it."""
-
-        def own(pod: Pod) -> int | None:
-            was = (before or {}).get(pod.name)
-            return was.cost if was and was.cost and was.cost > HIGHEST_MARK else None
+        on the monotonic clock. Without a cost, each gets back the one that it had before."""
+        lease = self.last_lease()
+        if lease and pods and not self.leased:
+            # Unchanged, but rejected if anybody has written since the pods were listed.
+            self.take_lease(lease.cost)
+        if cost is not None:
+            self.costs |= {pod.uid: pod.cost for pod in pods if pod.cost > HIGHEST_MARK}
 
         def set_cost(pod: Pod) -> Pod | None:
             if time.monotonic() > until:
                 return None
-            return self.cluster.set_deletion_cost(pod, own(pod) if cost is None else cost)
+            new = (self.costs.get(pod.uid) or None) if cost is None else cost
+            return self.cluster.set_deletion_cost(pod, new, retry)
 
         return [pod for pod in concurrently(set_cost, pods) if pod is not None]
 

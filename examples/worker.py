@@ -45,7 +45,7 @@ MAX_PAUSE_SECONDS = float(os.environ.get("MAX_PAUSE_SECONDS", "30"))
 
 # The four transactions: the fields to write to a job as it is now, or None to leave it alone.
 def claim(job: Job) -> Job | None:
-    now, status, attempts = datetime.now(UTC), job.get("status"), job.get("attempts", 0)
+    now, status, attempts = datetime.now(UTC), job.get("status"), job.get("attempts") or 0
     lost = status == "processing" and (job.get("leaseUntil") or now) < now
     if stopping or not (status == "waiting" or lost or is_own(job)):
         return None
@@ -74,9 +74,11 @@ def is_own(job: Job) -> bool:
 
 def change(client: Client, job: DocumentReference, step: Callable[[Job], Job | None]) -> Job:
     """The job after one of the four, {} if it was left alone. No lock makes other workers wait."""
+    written: Job | None = None
     while True:
-        read = job.get()
-        fields = read.to_dict() or {}
+        fields = (read := job.get()).to_dict() or {}
+        if written and written.items() <= fields.items():  # it was written: the response was lost
+            return fields
         if (written := step(fields)) is None:
             return {}
         with suppress(FailedPrecondition):  # changed since it was read: read again
@@ -124,13 +126,11 @@ def main() -> None:
     project, database = map(os.environ.get, ("FIRESTORE_PROJECT", "FIRESTORE_DATABASE"))
     client = Client(project, database=database)
     jobs = client.collection(os.environ.get("QUEUE_COLLECTION", "jobs"))
-    # Firestore's automatic single-field indexes serve all three queries.
-    waiting = FieldFilter("status", "==", "waiting")
     held = And([FieldFilter("status", "==", "processing"), FieldFilter("assignedPodId", "==", POD)])
     pause, lost_due = 0.0, 0.0
     while not stopping:
         time.sleep(pause * random.uniform(0.5, 1))
-        filters: list[Any] = [waiting]
+        filters: list[Any] = [FieldFilter("status", "==", "waiting")]
         if time.monotonic() >= lost_due:
             filters += [held, FieldFilter("leaseUntil", "<", datetime.now(UTC))]
             lost_due = time.monotonic() + LEASE.total_seconds() / 3
@@ -140,8 +140,8 @@ def main() -> None:
             holding = True
             taken = any(take(client, job.reference) for job in found if not stopping)
             pause = 0 if taken else 1 if found else min(2 * pause or 1, MAX_PAUSE_SECONDS)
-        except GoogleAPIError as error:
-            logging.warning("Firestore: %s", error)
+        except Exception as error:
+            logging.warning("%s: %s", type(error).__name__, error)
             pause = MAX_PAUSE_SECONDS
         holding = False
 

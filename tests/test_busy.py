@@ -8,6 +8,7 @@ events in test_interleavings.py.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -15,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud.firestore import Client, DocumentReference
 from grpc import StatusCode  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -109,6 +112,16 @@ def lease(world: World, seconds: int, cost: str = "-189388900", run: str = "abcd
     until = scaler.write_time(world.now + timedelta(seconds=seconds))
     world.cluster.annotate("worker", "queue-scaler", **{LEASE: f"{until} {cost} {run}"})
     return until
+
+
+def scales(request: Request) -> bool:
+    """Whether a request changes the number of replicas."""
+    return PATCHED_DEPLOYMENT(request) and "spec" in request.body
+
+
+def lease_patches(world: World) -> list[Request]:
+    found = world.cluster.calls(PATCHED_DEPLOYMENT)
+    return [one for one in found if one.body["metadata"]["annotations"].get(LEASE)]
 
 
 def api_calls(world: World) -> list[str]:
@@ -217,6 +230,64 @@ def test_many_busy_jobs_that_name_no_live_pod_hide_no_busy_one(
 # --- Whose pods -----------------------------------------------------------------------------------
 
 
+def test_more_busy_jobs_of_a_few_pods_than_are_read_hide_no_busy_pod(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even the read of these pods by name is cut off, before the only job of the last one."""
+    monkeypatch.setattr(scaler, "BUSY_JOBS", 5)
+    *crowded, idle, last = live(world)
+    for number in range(12):
+        job = {"status": "processing", "assignedPodId": crowded[number % 3]}
+        world.queue.put(f"jobs/a-{number:03}", job)
+    world.queue.put("jobs/z", {"status": "processing", "assignedPodId": last})
+    run = world.run(JOBS_PER_POD="13")
+    assert (run.reason, sorted(live(world))) == ("ScaledDown", sorted([*crowded, last])), run
+    assert idle in world.cluster.deleted_pods
+
+
+def elsewhere() -> DocumentReference:
+    """A document of another project."""
+    return Client("other", AnonymousCredentials()).document("pods/a")  # type: ignore[no-untyped-call]
+
+
+def test_a_job_that_cannot_be_decoded_holds_a_scale_down_in_words(world: World) -> None:
+    """Google's client raises ValueError for a reference into another database."""
+    world.queue.put("jobs/odd", {"status": "processing", "assignedPodId": elsewhere()})
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (2, "QueueUnavailable", 5), run
+    assert "no field that is read may hold a reference into another database" in run.stdout
+    assert "Traceback" not in run.stdout and LEASE not in world.cluster.annotations("worker")
+
+
+def test_a_waiting_since_that_cannot_be_decoded_holds_nothing_up(world: World) -> None:
+    world.queue.fill(8, createdAt=elsewhere())
+    run = world.run(WAITING_SINCE_FIELD="createdAt")
+    assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 8), run
+    assert "WAITING_SINCE_FIELD=createdAt was not read" in run.stdout
+
+
+def test_the_wrong_pod_field_is_named_even_if_the_job_cannot_be_decoded(world: World) -> None:
+    world.queue.put("jobs/odd", {"status": "processing", "tenant": elsewhere()})
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (2, "InvalidSettings", 5), run
+    assert run.stdout.endswith("; set BUSY_POD_FIELD to the field with the pod's name\n")
+
+
+def test_a_bug_in_the_second_read_leaves_no_lease(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[object] = []
+
+    def read(*_: object) -> scaler.BusyPods:
+        reads.append(_)
+        return scaler.BusyPods(frozenset(), 1 // (2 - len(reads)))
+
+    monkeypatch.setattr(scaler.JobQueue, "busy_pods", read)
+    run = world.run()
+    assert (run.exit_code, world.replicas) == (1, 5) and "internal error" in run.stdout, run
+    assert lease_patches(world) and LEASE not in world.cluster.annotations("worker")
+
+
 def test_a_selector_may_have_expressions_of_every_operator(world: World) -> None:
     expressions = [
         {"key": "tier", "operator": "In", "values": ["batch", "bulk"]},
@@ -273,8 +344,11 @@ def test_a_renamed_deployment_keeps_its_busy_pods(world: World) -> None:
 
 
 @pytest.mark.parametrize("steps", range(4))
-def test_a_deployment_that_is_just_adopting_its_pods_loses_none(world: World, steps: int) -> None:
+def test_a_deployment_that_is_just_adopting_its_pods_loses_none(
+    world: World, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
     """Its controller has not got to it yet, or is in the middle of it."""
+    monkeypatch.setattr(scaler, "OBSERVE_SECONDS", (0.01,))
     busy = live(world)[:4]
     hold(world.queue, busy)
     delete_orphaning(world, "worker")
@@ -510,8 +584,44 @@ def test_a_run_reuses_its_own_lease_after_a_conflict(world: World) -> None:
     run = world.run()
     assert (run.reason, live(world)) == ("ScaledDown", [busy]), run
     statuses = [call.status for call in world.cluster.calls(PATCHED_DEPLOYMENT)]
-    assert statuses == [200, 409, 200], "the lease once, and the patch that scales twice"
+    assert statuses == [200, 409, 200, 200], "the lease and the patch that scales, twice"
+    values = [call.body["metadata"]["annotations"][LEASE] for call in lease_patches(world)]
+    assert len(values) == 2 and len({*values}) == 1, "unchanged, so that nothing is written"
     assert sorted(patched(world)) == sorted(idle), "each victim once"
+
+
+def taken_over(world: World, pods: Iterable[str]) -> None:
+    """Another run has taken the lease over and marked its own victims: by an order, or as its clock
+    is ahead."""
+    lease(world, 60, run="beef1234")
+    mark(world, pods, "-300000000")
+
+
+@pytest.mark.parametrize("in_attempt", [1, 2])
+def test_a_run_that_has_lost_its_lease_leaves_the_pods_alone(world: World, in_attempt: int) -> None:
+    """It is lost between reading the Deployment and listing the pods: before the second read, after
+    one of the victims has claimed a job; or after a conflict, when jobs have come."""
+    busy, late, *idle = live(world)
+    hold(world.queue, [busy])
+    lists: list[Request] = []
+
+    def meanwhile(request: Request) -> None:
+        lists.append(request)
+        if len(lists) == 1 + in_attempt:
+            taken_over(world, [late, *idle])
+            hold(world.queue, [late])
+
+    def conflict(_: Request) -> None:
+        world.cluster.annotate("worker", team="a")
+        world.queue.fill(3)
+
+    world.cluster.hook(Match("list", "replicasets"), meanwhile, times=None)
+    if in_attempt == 2:
+        world.cluster.hook(scales, conflict)
+    run = world.run()
+    assert len(live(world)) == 5 and run.exit_code == 0, run
+    assert costs(world) == dict.fromkeys([late, *idle], "-300000000"), run
+    assert world.cluster.annotations("worker")[LEASE].endswith("beef1234")
 
 
 @pytest.mark.parametrize(
@@ -585,6 +695,34 @@ def test_marks_left_behind_are_removed_whatever_the_next_look_decides(
     assert (world.resource_version, len(patched(world))) == (before, written)
 
 
+@pytest.mark.parametrize("status", [403, 422, 500])
+def test_marks_that_cannot_be_removed_do_not_hold_up_a_scale_up(world: World, status: int) -> None:
+    die_before_the_patch(world)
+    world.pass_time()
+    world.queue.fill(8)
+    world.cluster.fault(PATCHED_POD, answer(status, message="the webhook is down"), times=None)
+    left, before = costs(world), len(patched(world))
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas, costs(world)) == (0, "ScaledUp", 8, left), (
+        run
+    )
+    assert "deletion costs of an earlier run may be left: the API server answered" in run.stdout
+    assert len(patched(world)) - before <= len(left), "at most one try each"
+    assert LEASE not in world.cluster.annotations("worker")
+
+
+def test_many_marks_leave_time_for_a_scale_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaler, "CONCURRENT_CALLS", 1)
+    mark(world, live(world))
+    world.queue.fill(8)
+    world.cluster.hook(PATCHED_POD, lambda _: time.sleep(0.6), times=None)
+    run = world.run(TIMEOUT_SECONDS="4")
+    assert (run.exit_code, run.reason, world.replicas) == (0, "ScaledUp", 8), run
+    assert 0 < len(costs(world)) < 5 and "may be left: there was no time" in run.stdout, run
+
+
 def test_a_run_that_died_does_not_delay_the_next_minutes_scale_down(world: World) -> None:
     busy = live(world)[:3]
     hold(world.queue, busy[:1])
@@ -639,6 +777,20 @@ def test_a_spared_pod_gets_back_the_cost_that_somebody_else_had_set(
         run = world.run()
 
 
+def test_a_conflict_loses_nobodys_deletion_cost(world: World) -> None:
+    busy, *idle = live(world)
+    hold(world.queue, [busy])
+    set_cost(world, idle, "1000")
+
+    def conflict(_: Request) -> None:
+        world.cluster.annotate("worker", team="a")
+        world.queue.fill(5)
+
+    world.cluster.hook(scales, conflict)
+    run = world.run()
+    assert (run.reason, costs(world)) == ("ScaledUp", dict.fromkeys(idle, "1000")), run
+
+
 # --- What happens meanwhile -----------------------------------------------------------------------
 
 
@@ -671,6 +823,83 @@ def test_one_pod_finishes_while_another_claims(world: World, replicas: str | Non
     world.pass_time()
     world.run()
     assert sorted(live(world)) == sorted([stays, claims]), "the next run removes the idle one"
+
+
+def test_a_job_claimed_while_the_second_read_goes_on_is_seen(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One collection is answered at once, and a job is claimed there while the other one takes its
+    time."""
+    monkeypatch.setattr(scaler, "FRESH_SECONDS", 1)
+    busy, late, *_ = live(world)
+    hold(world.queue, [busy])
+
+    def slow(_: Call) -> None:
+        time.sleep(1.2)
+        hold(world.queue, [late])
+
+    of_more = On("query", nth=2, where=lambda call: call.collection.endswith("more"))
+    world.queue.hook(of_more, slow)
+    run = world.run(QUEUE_COLLECTION="jobs,more")
+    assert (run.reason, sorted(live(world))) == ("ScaledDown", sorted([busy, late])), run
+
+
+def test_a_job_that_changes_hands_while_it_is_read_protects_both_pods(world: World) -> None:
+    """It matches two alternatives, and is read twice."""
+    first, second, *_ = live(world)
+
+    def give(pod: str) -> None:
+        until = START + timedelta(days=1)
+        job = {"status": "processing", "assignedPodId": pod, "leaseUntil": until}
+        world.queue.put("jobs/1", job)
+
+    def later(_: Call) -> None:
+        time.sleep(0.5)
+        give(second)
+
+    give(first)
+    by_status = On(
+        "query", nth=2, where=lambda call: call.filters[0] == ("status", "==", "processing")
+    )
+    world.queue.hook(by_status, later)
+    unexpired = ["leaseUntil", ">", {"timestampValue": "now"}]
+    run = world.run(BUSY_FILTER=json.dumps([[["status", "==", "processing"]], [unexpired]]))
+    assert {first, second} <= set(live(world)), run
+
+
+def test_no_pod_is_removed_while_the_deployment_controller_is_asleep(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it wakes up, the victims may be at work."""
+    monkeypatch.setattr(scaler, "OBSERVE_SECONDS", (0.01, 0.02))
+    busy, *idle = live(world)
+    hold(world.queue, [busy])
+    with world.cluster.by_steps():
+        run = world.run()
+        assert (run.reason, world.replicas, costs(world)) == ("WorkersBusy", 5, {}), run
+        assert "the Deployment controller has not applied the last change" in run.stdout, run
+        hold(world.queue, idle)
+    world.cluster.controllers.run("default")
+    assert world.cluster.deleted_pods == []
+
+
+def test_paused_replicas_goes_as_far_as_idle_pods_can_be_chosen_in_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaler, "CONCURRENT_CALLS", 1)
+    world.cluster.scale("worker", 12)
+    busy = max(live(world))
+    world.cluster.set_pod(busy, ready_since=START)  # the youngest goes first
+    hold(world.queue, [busy])
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": "1"})
+    world.cluster.hook(PATCHED_POD, lambda _: time.sleep(0.6), times=None)
+    run = world.run(TIMEOUT_SECONDS="4")
+    assert busy in live(world) and len(live(world)) == world.replicas in range(2, 12), run
+    assert "paused-replicas=1, as far as there was time to choose idle pods; scaled" in run.stdout
+    world.cluster.clear_faults()
+    world.pass_time()
+    run = world.run()
+    assert (run.reason, live(world)) == ("Paused", [busy]), run
 
 
 @pytest.mark.parametrize("resource", ["deployments", "pods"])

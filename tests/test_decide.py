@@ -25,6 +25,10 @@ RULES = {
         SETTINGS, observed(2, paused_replicas="9", **ago(1)), 9, "Paused"),
     "paused-replicas applies even below the busy pods": (
         SETTINGS, observed(3, removable=0, paused_replicas="0"), 0, "Paused"),
+    "paused-replicas removes no more than can be chosen in time": (
+        SETTINGS, observed(8, reach=3, paused_replicas="2"), 5, "Paused"),
+    "paused-replicas that is within reach": (
+        SETTINGS, observed(8, reach=6, paused_replicas="2"), 2, "Paused"),
     "a paused scale-in": (CALM, observed(3, paused_scale_in="true"), 3, "ScaleDownDisabled"),
     "a paused scale-in leaves scale-out alone": (
         CALM, observed(1, 2, paused_scale_in="true"), 2, "ScaledUp"),

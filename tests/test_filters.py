@@ -574,6 +574,13 @@ def test_lists_of_values_exclude_each_other_if_they_share_none(
     assert scaler.exclusive(left, single) is excluded
 
 
+def test_many_alternatives_that_exclude_each_other_need_a_query_each() -> None:
+    found = scaler.filters(
+        json.dumps([[["status", "==", n], [f"a{n}", "<", 1]] for n in range(20)])
+    )
+    assert [sign for sign, _ in scaler.signed_union(found)] == [1] * 20
+
+
 @pytest.mark.parametrize("text", ["now-800000d", "now+8000000d", "now-999999999d"])
 def test_a_time_out_of_range_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected now"):
@@ -601,6 +608,12 @@ def test_a_reference_may_have_slashes_around_it() -> None:
          "Firestore cannot combine not-in with alternatives, in or any"),
         ('[[["a", "not-in", [1]]], [["b", "==", 1]]]',
          "Firestore cannot combine not-in with alternatives, in or any"),
+        (json.dumps([[[a, "in", [*range(7)]], [b, "<", 1]] for a, b in ("ab", "cd")]),
+         "a job can match several alternatives, which multiply to 49, lists included, and "
+         "Firestore takes at most 30"),
+        (json.dumps([[[f"a{number}", "<", 1]] for number in range(16)]),
+         "counting each job once would take more than 30 queries: a job can match too many "
+         "alternatives with inequalities on different fields"),
         ('[["a", "==", {"timestampValue": "now", "x": 1}]]',
          "{'timestampValue': 'now', 'x': 1}: expected timestampValue alone"),
     ],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterable
 
 import pytest
 
+import scaler
 from scaler import LEASE
 from tests.support.firestore import On
 from tests.support.kubernetes import Match, Request, hang
@@ -69,6 +71,23 @@ def deliver(world: World, request: Request) -> int:
         return int(urllib.request.urlopen(late).status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_a_patch_that_there_was_no_time_for_is_known_not_to_have_arrived(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = scaler.Look.apply
+
+    def apply_late(look: scaler.Look, decision: scaler.Decision) -> scaler.Decision:
+        look.progress.deadline = scaler.Deadline(0, 1, time.monotonic() + 60)
+        return apply(look, decision)
+
+    monkeypatch.setattr(scaler.Look, "apply", apply_late)
+    world.queue.fill(8)
+    run = world.run()
+    assert (run.exit_code, run.reason, run.record["replicas"]) == (1, "ClusterUnavailable", 5), run
+    assert "no time was left for patching the Deployment; stays at 5 pods" in run.stdout
+    assert world.cluster.calls(PATCH) == []
 
 
 @pytest.mark.parametrize("claimed_at", [3, 4])

@@ -350,10 +350,13 @@ def test_a_cost_is_lower_than_any_that_is_there() -> None:
 # --- Which pods are busy --------------------------------------------------------------------------
 
 W1, W2 = (
-    pod(f"worker-5d4-{end}", node=node, uid=f"0c1a-{end}")
-    for end, node in (("aaaaa", "node-a"), ("bbbbb", "node-b"))
+    pod(f"worker-5d4-{end}", node=node, uid=f"0c1a-{end}", addresses=addresses)
+    for end, node, addresses in (
+        ("aaaaa", "node-a", ("10.0.0.1", "fd00::1")),
+        ("bbbbb", "node-b", ("10.0.0.3", "fd00::3")),
+    )
 )
-SAME_NODE = replace(W1, name="worker-5d4-ccccc", uid="0c1a-ccccc")
+SAME_NODE = replace(W1, name="worker-5d4-ccccc", uid="0c1a-ccccc", addresses=())
 
 
 def reference(path: str) -> DocumentReference:
@@ -380,6 +383,12 @@ FORMS: dict[str, tuple[object, str]] = {
     "a map in an array": ([{"pod": "worker-5d4-aaaaa"}], "[{'pod': 'worker-5d4-aaaaa'}]"),
     "the name of its node": ("node-a", "'node-a'"),
     "the name of its node in upper case": ("Node-A", "'Node-A'"),
+    "the name of its node with a domain": ("node-a.example.com", "'node-a.example.com'"),
+    "its address": ("10.0.0.1", "'10.0.0.1'"),
+    "its address with a port": ("10.0.0.1:8080", "'10.0.0.1:8080'"),
+    "its address in a URL": ("http://10.0.0.1:8080/run", "'http://10.0.0.1:8080/run'"),
+    "its IPv6 address with a port": ("[fd00::1]:8080", "'[fd00::1]:8080'"),
+    "an address in a list as text": ("[10.0.0.9, 10.0.0.1]", "'[10.0.0.9, 10.0.0.1]'"),
 }  # fmt: skip
 
 
@@ -436,6 +445,25 @@ def test_a_plain_name_is_busy_without_a_warning() -> None:
 def test_no_value_is_an_error(value: object) -> None:
     found = find_busy_pods([W1, W2], [("jobs/1", value)], "pod")
     assert len(found.warnings) == 1 and len(found.warnings[0]) < 500
+
+
+def test_the_short_name_of_a_node_protects_its_pods() -> None:
+    named = replace(W1, node="ip-10-0-0-7.example.internal")
+    numbered = replace(W2, node="10.0.0.8")
+    found = find_busy_pods([named, numbered], [("jobs/1", "ip-10-0-0-7"), ("jobs/2", "10")], "pod")
+    assert {*found.names} == {W1.name}
+
+
+@pytest.mark.parametrize("value", ["10.0.0.10", "110.0.0.1", "fd00::12", "http://10.0.0.2/10.0.0"])
+def test_another_address_protects_no_pod(value: str) -> None:
+    found = find_busy_pods([W1, W2], [("jobs/1", value)], "pod")
+    assert (found.names, "names no live pod" in found.warnings[0]) == (frozenset(), True)
+
+
+def test_a_cost_that_a_run_gave_back_orders_victims() -> None:
+    high = replace(A, cost=1000, own_cost=True, node="a")
+    none = replace(B, node="b")
+    assert [one.name for one in choose_victims([high, none], (), 1)] == [none.name]
 
 
 def test_a_cost_that_a_run_has_set_does_not_order_victims() -> None:

@@ -101,6 +101,20 @@ def update(job, fields, *arguments):
 failures, real_update, DocumentReference.update = [], DocumentReference.update, update
 """
 
+# The job is written, but the response to the nth write is lost: Google's client repeats the write
+# by itself, and reports that the job has changed.
+LOST_RESPONSE = """
+from google.api_core.exceptions import FailedPrecondition
+from google.cloud.firestore import DocumentReference
+
+def update(job, *arguments):
+    writes.append(real_update(job, *arguments))
+    if len(writes) == {nth}:
+        raise FailedPrecondition("stale")
+
+writes, real_update, DocumentReference.update = [], DocumentReference.update, update
+"""
+
 # An hour on a clock that only `sleep` moves, and the reads that Firestore bills in it: the
 # documents of each response, at least one per query.
 HOUR = """
@@ -307,6 +321,28 @@ def test_the_end_of_a_job_is_written_in_spite_of_an_error(workers: Workers, jobs
     wait_until(lambda: values(jobs) == {"done": 1})
     assert workers.worked == ["0 pod-a"]
     assert "jobs/000: its end is not written yet: 503 down" in workers.said
+
+
+@pytest.mark.parametrize("nth", [1, 2], ids=["claim", "finish"])
+def test_a_write_whose_response_is_lost_counts_once(
+    workers: Workers, jobs: Client, nth: int
+) -> None:
+    fill(jobs, range(1))
+    workers.start("pod-a", before=LOST_RESPONSE.format(nth=nth), MAX_ATTEMPTS="1")
+    wait_until(lambda: "jobs/000: done" in workers.said)
+    assert (workers.worked, values(jobs, "attempts")) == (["0 pod-a"], {1: 1})
+    assert values(jobs) == {"done": 1}
+
+
+@pytest.mark.parametrize("odd", [{"attempts": None}, {"attempts": "many"}])
+def test_an_odd_document_ends_no_worker(
+    workers: Workers, jobs: Client, odd: dict[str, Any]
+) -> None:
+    jobs.document("jobs/odd").set({"status": "waiting", "number": 9, "seconds": 0, **odd})
+    fill(jobs, range(3))
+    process = workers.start("pod-a")
+    wait_until(lambda: values(jobs)["done"] >= 3)
+    assert process.poll() is None, workers.said
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------

@@ -27,12 +27,13 @@ def observed(
     removable: int | None = None,
     because: str = "",
     own_zero: bool = False,
+    reach: int | None = None,
     **annotations: str,
 ) -> Inputs:
     """At START: so many replicas, jobs and annotations, and how many of the pods can go."""
     can = None if removable is None else Removable(removable, because)
     state, queue = remembered(annotations), QueueLength(waiting, busy=busy)
-    return Inputs(START, replicas, state, queue, can, own_zero)
+    return Inputs(START, replicas, state, queue, can, own_zero, reach)
 
 
 def ago(seconds: float, direction: str = "up") -> dict[str, Any]:

@@ -20,9 +20,11 @@ from tests.support.world import BUSY, PROJECT, START
 
 @dataclass
 class Time:
-    """The wall clock and the monotonic one of everything in the machine."""
+    """The wall clock and the monotonic one of everything in the machine. `observe`: what the
+    Deployment controller does while a run waits for it."""
 
     passed: float = 0.0
+    observe: Callable[[], None] = lambda: None
 
     def clock(self) -> datetime:
         return START + timedelta(seconds=self.passed)
@@ -32,6 +34,10 @@ class Time:
 
     def sleep(self, seconds: float) -> None:
         self.passed += max(0.0, seconds)
+
+    def wait_for_controller(self, seconds: float) -> None:
+        self.sleep(seconds)
+        self.observe()
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def simulated(time: Time) -> Iterator[None]:
         for target, value in (
             ("scaler.time", clock),
             ("scaler.concurrently", in_turn),
-            ("scaler.sleep", time.sleep),
+            ("scaler.sleep", time.wait_for_controller),
             ("scaler.print", lambda *_, **__: None),
             ("tenacity.time", clock),
             ("tenacity.nap.time", clock),

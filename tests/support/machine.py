@@ -309,6 +309,7 @@ class Machine:
         controllers.ended = self._ended
         controllers.deployments.resized = self._resized
         self.token = f"Bearer {self.cluster.admin_token}"
+        self.time.observe = lambda: self.control("deployments")
 
     # What there is
 
