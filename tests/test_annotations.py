@@ -315,6 +315,36 @@ def test_a_dry_run_decides_and_changes_nothing(world: World) -> None:
     assert world.resource_version == before and world.cluster.events() == []
 
 
+@pytest.mark.parametrize(("ahead", "counts"), [(0, True), (1, False)])
+def test_a_lease_longer_than_any_run_counts_as_absent(ahead: int, counts: bool) -> None:
+    """A run lasts TIMEOUT_SECONDS, and clocks may differ by a minute."""
+    until = START + timedelta(seconds=SETTINGS.timeout_seconds + 60 + ahead)
+    lease = scaler.Lease(until, -189388800, "abcd1234")
+    state = scaler.parse_state({scaler.LEASE: str(lease)}, SETTINGS, START)
+    assert (state.scale_down_lease == lease, not state.warnings) == (counts, counts)
+
+
+@pytest.mark.parametrize("value", ["up 1->2", "up", "up 1->2 by hand", " up 1->2 "])
+def test_the_direction_of_the_last_scale_is_its_first_word(value: str) -> None:
+    assert scaler.parse_state({scaler.LAST_SCALE: value}, SETTINGS, START).last_scale == "up"
+
+
+@pytest.mark.parametrize("microseconds", [0, 1, 999_999])
+def test_the_next_whole_second(microseconds: int) -> None:
+    when = START + timedelta(microseconds=microseconds)
+    assert scaler.whole_second(when) == START + timedelta(seconds=microseconds > 0)
+
+
+def test_a_part_of_another_kind_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^expected int, not '3'$"):
+        scaler.expect(int, "3")
+
+
+def test_a_restored_lease_that_is_unreadable_is_dropped_silently() -> None:
+    state = scaler.parse_state({scaler.LEASE: "odd"}, SETTINGS, START, frozenset([scaler.LEASE]))
+    assert state.scale_down_lease is None
+
+
 def test_a_restored_lease_is_dropped_silently() -> None:
     """Nobody could act on a warning."""
     lease = f"{scaler.write_time(START + timedelta(seconds=30))} -189388800 abcd1234"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -520,6 +522,57 @@ def test_a_crash_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None
         "QueueUnavailable: internal error while counting waiting jobs: ZeroDivisionError: made by "
         "the test; stays at 1 pod; this is a bug of queue-scaler: report it with the lines above"
     )
+
+
+# --- How a line is written ------------------------------------------------------------------------
+
+
+def log_of(**values: Any) -> scaler.Log:
+    return scaler.Log(replace(scaler.read_output({}), **values), lambda: START)
+
+
+def test_a_json_line_has_the_fields_that_cloud_logging_reads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log_of(log_format="json").write("ERROR", " AtTarget: 작업", {"reason": "AtTarget"})
+    line = capsys.readouterr().out
+    assert "작업" in line and json.loads(line) == {
+        "time": "2026-01-01T00:00:00Z",
+        "namespace": None,
+        "deployment": None,
+        "reason": "AtTarget",
+        "severity": "ERROR",
+        "message": "AutoScaler AtTarget: 작업",
+    }
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_what_took_how_long_is_written_at_debug_only(
+    capsys: pytest.CaptureFixture[str], level: str
+) -> None:
+    log_of(log_level=level).debug(lambda: "GET took 1 s")
+    expected = "2026-01-01T00:00:00Z DEBUG AutoScaler: GET took 1 s\n"
+    assert capsys.readouterr().out == (expected if level == "DEBUG" else "")
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_line_that_cannot_be_written_is_lost(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(_: str) -> int:
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=fail))
+    log_of().line("INFO", "hello")
+
+
+def test_a_line_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows the log of a run sees each line when it is written."""
+    done: list[str] = []
+    out = SimpleNamespace(write=done.append, flush=lambda: done.append("flush"))
+    monkeypatch.setattr(sys, "stdout", out)
+    log_of().line("INFO", "hello")
+    assert done == ["2026-01-01T00:00:00Z INFO AutoScaler: hello", "\n", "flush"]
 
 
 # --- Whole lines ----------------------------------------------------------------------------------

@@ -102,6 +102,13 @@ def test_an_owner_without_a_time_is_named_without_one() -> None:
     assert other_writer([owns_replicas("keda", "scale")], START) == named
 
 
+def test_of_two_owners_one_without_a_time_comes_first() -> None:
+    owners = [owns_replicas("keda", "scale", AFTER), owns_replicas("helm")]
+    assert other_writer(owners, None) == (
+        "keda through the scale subresource at 2026-01-01T00:00:01Z"
+    )
+
+
 def test_a_change_of_something_else_is_no_second_writer(world: World) -> None:
     world.name, world.now = "created", None
     world.cluster.add_deployment("created", replicas=2, manager="helm")
@@ -195,6 +202,9 @@ OWNERS: dict[str, tuple[list[Entry], set[str]]] = {
     "by kubectl on Windows": ([wrote("kubectl.exe", *BOTH)], {*BOTH}),
     "by oc": ([wrote("oc", *BOTH)], {*BOTH}),
     "by k9s": ([wrote("k9s", *BOTH)], {*BOTH}),
+    "by any other client": ([wrote("freelens", *BOTH)], {*BOTH}),
+    "a client that sets the replicas, too": ([{**wrote("freelens", *BOTH), "fieldsV1": {
+        **wrote("freelens", *BOTH)["fieldsV1"], "f:spec": {"f:replicas": {}}}}], set()),
     "one that only removes fields": ([wrote("kubectl", *BOTH, template=False)], {*BOTH}),
     "annotated after it": ([UNDONE, ANNOTATED], {"paused-scale-out"}),
     "applied after it": (
