@@ -2665,21 +2665,21 @@ class Look:
         self.warnings = list(dict.fromkeys([*self.warnings, *busy.warnings]))
         can = removable(fleet, inputs.current, busy.names, cost)
         if busy.incomplete:
-            because = (
-                ", as there are too many busy jobs to read, and not all name their pod plainly"
-            )
-            can = Removable(0, because)
+            why = "there are too many busy jobs to read, and not all name their pod plainly"
+            can = Removable(0, f", as {why}")
         queue = inputs.queue
         if queue is not None:
             queue = replace(queue, busy=max(queue.busy or 0, busy.jobs))
         can = replace(can, pods=min(can.pods, limit))
         decision = decide(self.settings, replace(inputs, queue=queue, removable=can))
-        hit = len(busy.names) - (decision.replicas or 0)
-        if decision.reason == "Paused" and hit > 0:
-            removed = "1 busy pod is" if hit == 1 else f"{hit} busy pods are"
-            decision = replace(
-                decision, message=f"{decision.message}; {removed} among those removed"
-            )
+        # The ReplicaSet controller looks at ranks before deletion costs.
+        order = sorted(fleet.pods, key=lambda pod: (pod.rank, pod.name in busy.names))
+        removed = order[: max(0, len(order) - (decision.replicas or 0))]
+        hit = sum(pod.name in busy.names for pod in removed)
+        if decision.reason == "Paused" and hit:
+            hits = "1 busy pod is" if hit == 1 else f"{hit} busy pods are"
+            message = f"{decision.message}; {hits} among those removed"
+            decision = replace(decision, message=message)
         return decision
 
     # One run at a time sets deletion costs and scales down: whoever has written the lease. Safety
@@ -2722,13 +2722,14 @@ class Look:
             return
         if not self.leased:
             self.take_lease(victim_cost(self.now, fleet.pods, self.last_lease()))
-        until, problem = time.monotonic() + self.progress.deadline.left() / 2, "there was no time"
+        until, problem = time.monotonic() + self.progress.deadline.left() / 2, ""
         try:
-            done = self.set_costs(stale, None, until=until, retry=False)
+            self.set_costs(stale, None, until=until, retry=False)
         except Failure as failure:
-            done, problem = [], failure.whole
+            problem = failure.whole
         # They do no harm to what the look is about to do, and the next one tries again.
-        if time.monotonic() > until or not done:
+        if problem or time.monotonic() > until:
+            problem = problem or "there was no time"
             self.uncleared = f"deletion costs of an earlier run may be left: {problem}"
             self.warnings.append(self.uncleared)
 

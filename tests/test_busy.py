@@ -482,6 +482,17 @@ def test_paused_replicas_is_met_exactly_and_idle_pods_go_first(
     assert run.record["message"].endswith(f"from 5 to {scaler.pods(replicas)}{end}"), run
 
 
+def test_paused_replicas_says_if_a_busy_pod_goes_before_idle_ones(world: World) -> None:
+    """The ReplicaSet controller removes pods that are not ready first, whatever they cost."""
+    busy, *_ = live(world)
+    hold(world.queue, [busy])
+    world.cluster.set_pod(busy, ready=False)
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": "4"})
+    run = world.run()
+    assert "; 1 busy pod is among those removed\n" in run.stdout, run
+    assert world.cluster.deleted_pods == [busy]
+
+
 def test_a_dry_run_marks_nothing(world: World) -> None:
     hold(world.queue, live(world)[:3])
     mark(world, live(world)[3:4])

@@ -63,6 +63,12 @@ DECISIONS = [
      "Paused: queue-scaler/paused-replicas=5; scaled up from 2 to 5 pods"),
     (SETTINGS, observed(5, paused_replicas="5", paused_until=UNTIL),
      "Paused: queue-scaler/paused-replicas=5 until 2026-01-01T01:00:00Z; stays at 5 pods"),
+    (SETTINGS, observed(8, reach=3, paused_replicas="2"),
+     "Paused: queue-scaler/paused-replicas=2, as far as there was time to choose idle pods; scaled "
+     "down from 8 to 5 pods"),
+    (SETTINGS, observed(2, paused="true", paused_replicas="5"),
+     "Paused: paused by annotation, queue-scaler/paused-replicas=5 waits until it is deleted; "
+     "stays at 2 pods"),
     (replace(SETTINGS, min_replicas=2), observed(0),
      "ScalingDisabled: scaled to 0 externally despite MIN_REPLICAS=2; stays at 0 pods, disabled "
      "until someone scales it to 1 or more"),
