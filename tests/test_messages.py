@@ -99,6 +99,9 @@ DECISIONS = [
     (replace(CALM, scale_up_step="0"), observed(1, 2),
      "ScaleUpDisabled: 2 jobs waiting: 2 pods wanted; stays at 1 pod, as scale-up is disabled "
      "(SCALE_UP_STEP=0)"),
+    (replace(CALM, scale_down_step="0"), observed(3, 2),
+     "ScaleDownDisabled: 2 jobs waiting: 2 pods wanted; stays at 3 pods, as scale-down is disabled "
+     "(SCALE_DOWN_STEP=0)"),
     (CALM, observed(3, paused_scale_in="true", paused_until=UNTIL),
      "ScaleDownDisabled: 0 jobs waiting: 1 pod wanted, the minimum; stays at 3 pods, as scale-down "
      "is disabled (queue-scaler/paused-scale-in until 2026-01-01T01:00:00Z)"),
@@ -531,6 +534,11 @@ def test_a_crash_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # --- How a line is written ------------------------------------------------------------------------
+
+
+def test_the_record_of_invalid_settings_has_no_oldest_job(world: World) -> None:
+    run = world.run(MIN_REPLICAS="many")
+    assert run.exit_code == 2 and "oldestWaitingSeconds" not in run.record, run
 
 
 def log_of(**values: Any) -> scaler.Log:

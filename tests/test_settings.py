@@ -127,7 +127,8 @@ WRONG = [
     (
         "BUSY_FILTER",
         '[["n", "not-in", ["a"]]]',
-        "BUSY_FILTER: expected no not-in",
+        "BUSY_FILTER: expected no not-in: Firestore cannot combine it with the query for the pods' "
+        "names; list the values that are busy instead\n",
     ),
     ("BUSY_POD_FIELD", "", "expected the name of a field"),
     ("BUSY_POD_FIELD", "worker..pod", "the name of a field"),
