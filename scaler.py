@@ -1512,7 +1512,7 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         for place in filter(None, (pod.node, "" if host.isdigit() else host, *pod.addresses)):
             places.setdefault(place.lower(), set()).add(pod.name)
     busy: set[str] = set()
-    count = 0
+    held: set[str] = set()
     odd: list[str] = []
     unknown: list[str] = []
     nameless: list[str] = []
@@ -1525,7 +1525,7 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         else:
             (unknown if any(texts(value)) else nameless).append(shown)
         busy |= found
-        count += bool(found)
+        held |= {path} if found else set()
     warnings = []
     if odd:
         warnings.append(
@@ -1545,7 +1545,7 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
             f"{name}={unknown[0]}, and {'protects' if len(unknown) == 1 else 'protect'} none; if "
             "that worker is gone, return its job to the queue"
         )
-    return BusyPods(frozenset(busy), count, bool(odd), warnings=tuple(warnings))
+    return BusyPods(frozenset(busy), len(held), bool(odd), warnings=tuple(warnings))
 
 
 def busy_jobs(found: Sequence[str], one: str, many: str) -> str:
@@ -1899,46 +1899,45 @@ class JobQueue:
 
         Raises a Failure if busy jobs exist and none has BUSY_POD_FIELD: nothing is known then.
         """
-        settings = self._settings
-        name = settings.busy_pod_field
-        most = max(BUSY_JOBS, 2 * len(live))
-        missing = object()
-
-        def value(job: Any) -> object:
-            try:
-                found: object = job.get(name)
-            except KeyError:
-                return missing
-            return found if any(texts(found)) else missing
-
-        def ask(questions: Sequence[Question], limit: int) -> list[list[tuple[str, object]]]:
-            def read(query: Any, **call: Any) -> list[tuple[str, object]]:
-                rows = query.limit(limit).select([name]).stream(**call)
-                return [(job.reference.path, value(job)) for job in rows]
-
-            return self._ask_all("reading which pods are busy", read, questions)
-
-        groups = single(signed_union(settings.busy_filter or ()))
-        asked = ask(groups, most)
+        name, most = self._settings.busy_pod_field, max(BUSY_JOBS, 2 * len(live))
+        groups = single(signed_union(self._settings.busy_filter or ()))
+        asked = self._pod_fields(groups, most)
         # A job that was read twice may have changed hands meanwhile: both pods count.
-        pairs = {(path, repr(value)): (path, value) for one in asked for path, value in one}
+        pairs = {(path, *texts(value)): (path, value) for one in asked for path, value in one}
         jobs = list(pairs.values())
-        if jobs and all(value is missing for _, value in jobs):
+        if jobs and all(value is None for _, value in jobs):
             self._blame_pod_field(live, len(jobs), groups)
-        jobs = [(path, None if value is missing else value) for path, value in jobs]
         found = find_busy_pods(live, jobs, name)
         if not any(len(one) >= most for one in asked):
             return found
         # There are more busy jobs than were read: read those of the pods by name and, if that is
         # cut off, too, one of each pod that is not known to be busy yet.
-        named = ask(single(self._batches([pod.name for pod in live]), beside=1), most)
+        named = self._pod_fields(single(self._batches([pod.name for pod in live]), beside=1), most)
         exact = find_busy_pods(live, [job for one in named for job in one], name)
         names, count = found.names | exact.names, max(found.jobs, exact.jobs)
         if any(len(one) >= most for one in named):
             rest = [pod.name for pod in live if pod.name not in names]
-            last = ask(single(self._batches(rest, 1), beside=1), 1)
+            last = self._pod_fields(single(self._batches(rest, 1), beside=1), 1)
             names |= find_busy_pods(live, [job for one in last for job in one], name).names
         return replace(found, names=names, jobs=count, incomplete=found.inexact)
+
+    def _pod_fields(
+        self, questions: Sequence[Question], limit: int
+    ) -> list[list[tuple[str, object]]]:
+        """The path and BUSY_POD_FIELD of at most `limit` jobs per question; None if it is empty."""
+        name = self._settings.busy_pod_field
+
+        def value(job: Any) -> object:
+            with suppress(KeyError):
+                found: object = job.get(name)
+                return found if any(texts(found)) else None
+            return None
+
+        def read(query: Any, **call: Any) -> list[tuple[str, object]]:
+            rows = query.limit(limit).select([name]).stream(**call)
+            return [(job.reference.path, value(job)) for job in rows]
+
+        return self._ask_all("reading which pods are busy", read, questions)
 
     def _blame_pod_field(
         self, live: Sequence[Pod], count: int, groups: Sequence[Question]

@@ -441,6 +441,12 @@ def test_a_plain_name_is_busy_without_a_warning() -> None:
     assert ({*found.names}, found.jobs, found.warnings) == ({W1.name, W2.name}, 3, ())
 
 
+def test_a_job_that_names_two_pods_counts_once() -> None:
+    """It was read twice, and changed hands meanwhile."""
+    found = find_busy_pods([W1, W2], [("jobs/1", W1.name), ("jobs/1", W2.name)], "pod")
+    assert ({*found.names}, found.jobs) == ({W1.name, W2.name}, 1)
+
+
 @given(st.text() | st.lists(st.text()) | st.dictionaries(st.text(), st.none() | st.floats()))
 def test_no_value_is_an_error(value: object) -> None:
     found = find_busy_pods([W1, W2], [("jobs/1", value)], "pod")
