@@ -106,6 +106,12 @@ RULES = {
 # fmt: on
 
 
+@pytest.mark.parametrize(("replicas", "expected"), [(3, "up 2->3"), (1, "down 2->1"), (2, None)])
+def test_a_rescale_is_noted_with_its_direction(replicas: int, expected: str | None) -> None:
+    decision = scaler.Decision(replicas, "ScaledUp", "", 2)
+    assert scaler.rescale_annotations(decision, START).get(scaler.LAST_SCALE) == expected
+
+
 @pytest.mark.parametrize(("settings", "seen", "replicas", "reason"), RULES.values(), ids=RULES)
 def test_rule(settings: Settings, seen: Inputs, replicas: int, reason: str) -> None:
     decision = decide(settings, seen)

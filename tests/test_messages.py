@@ -250,6 +250,9 @@ WARNINGS = [
     (busy_jobs(("jobs/1", "")),
      "1 busy job names no pod, such as assignedPodId='' in jobs/1; the pod that works on such a "
      "job is not protected; set the field in the same write that claims the job"),
+    (busy_jobs(("jobs/1", ""), ("jobs/2", "")),
+     "2 busy jobs name no pod, such as assignedPodId='' in jobs/1; the pod that works on such a "
+     "job is not protected; set the field in the same write that claims the job"),
     (busy_jobs(("jobs/1", "gone"), ("jobs/2", "lost")),
      "2 busy jobs name no live pod of the Deployment, such as assignedPodId='gone' in jobs/1, and "
      "protect none; if that worker is gone, return its job to the queue"),
