@@ -29,7 +29,7 @@ simulate: $(RUNTIME) ## try other settings on last week's jobs: make simulate AR
 	@$(BIN)/python -m tools.simulate $(ARGS)
 
 test: $(DEV) ## the fast tests, in a minute; some of them only: make test ARGS="-k cooldown"
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(DEV) ## the other tests, in minutes, several files at a time: processes, the emulator, the image
 	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile $(ARGS)

@@ -986,7 +986,8 @@ class Inputs:
     """All that a decision rests on.
 
     `current` is spec.replicas, in pods; `own_zero` whether a 0 there was set by this scaler;
-    `reach`, how many pods paused-replicas may remove now. What was not read is None.
+    `reach`, how many pods paused-replicas may remove now, if not all that it asks for. What was
+    not read is None.
     """
 
     now: datetime
@@ -995,7 +996,7 @@ class Inputs:
     queue: QueueLength | None = None
     removable: Removable | None = None
     own_zero: bool = False
-    reach: int | None = None
+    reach: Removable | None = None
 
 
 @dataclass(frozen=True)
@@ -1109,9 +1110,9 @@ def paused(settings: Settings, inputs: Inputs) -> Decision | None:
     if state.paused_replicas is not None:
         why = f"{PAUSED_REPLICAS}={state.paused_replicas}{state.until}"
         number = state.paused_replicas
-        if inputs.reach is not None and number < inputs.current - inputs.reach:
-            number = inputs.current - inputs.reach
-            why += ", as far as there was time to choose idle pods"
+        if inputs.reach and number < inputs.current - inputs.reach.pods:
+            number = inputs.current - inputs.reach.pods
+            why += inputs.reach.because
         return conclude(inputs, Verdict(number), "Paused", why)
     return None
 
@@ -1521,7 +1522,9 @@ def find_busy_pods(live: Sequence[Pod], jobs: Iterable[tuple[str, object]], name
         if isinstance(value, str) and value in exact:
             found = {value}
         elif found := set().union(*(recognize(text, forms, places) for text in texts(value))):
-            odd.append(f"{shown} counts as {', '.join(sorted(found))}")
+            some = ", ".join(sorted(found)[:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            odd.append(f"{shown} counts as {some}{more}")
         else:
             (unknown if any(texts(value)) else nameless).append(shown)
         busy |= found
@@ -1611,7 +1614,8 @@ class Deadline:
 
         again = tenacity.retry_if_exception(lambda error: getattr(error, flag, False))
         asked = tenacity.wait_exception(lambda error: getattr(error, "retry_after", 0.0))
-        pause = asked + tenacity.wait_random_exponential(multiplier=0.2, max=5)
+        most = 1 if flag == "read_again" else 5  # a lost race is no overload
+        pause = asked + tenacity.wait_random_exponential(multiplier=0.2, max=most)
         stop = tenacity.stop_before_delay(self.left(reserve))
         return tenacity.Retrying(retry=again, wait=pause, stop=stop, reraise=True)
 
@@ -1912,14 +1916,22 @@ class JobQueue:
             return found
         # There are more busy jobs than were read: read those of the pods by name and, if that is
         # cut off, too, one of each pod that is not known to be busy yet.
-        named = self._pod_fields(single(self._batches([pod.name for pod in live]), beside=1), most)
+        questions = single(self._batches([pod.name for pod in live]), beside=1)
+        each = max(DISJUNCTIONS, most // max(1, len(questions)))
+        named = self._pod_fields(questions, each)
         exact = find_busy_pods(live, [job for one in named for job in one], name)
         names, count = found.names | exact.names, max(found.jobs, exact.jobs)
-        if any(len(one) >= most for one in named):
+        if any(len(one) >= each for one in named):
             rest = [pod.name for pod in live if pod.name not in names]
             last = self._pod_fields(single(self._batches(rest, 1), beside=1), 1)
             names |= find_busy_pods(live, [job for one in last for job in one], name).names
-        return replace(found, names=names, jobs=count, incomplete=found.inexact)
+        more = (
+            f"there are more busy jobs than the {most} that are read: a job that does not hold the "
+            f"plain name of its pod in {name} may not protect it; return the jobs of lost workers "
+            "to the queue"
+        )
+        warnings = (*found.warnings, more)
+        return replace(found, names=names, jobs=count, incomplete=found.inexact, warnings=warnings)
 
     def _pod_fields(
         self, questions: Sequence[Question], limit: int
@@ -2059,7 +2071,7 @@ def waiting_since(value: object) -> datetime:
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PAGE = 500
-OBSERVE_SECONDS = (0.1, 0.2, 0.4, 0.8)
+OBSERVE_SECONDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 # All requests of this script: method, resource, and the verb that a Role has for it.
 REQUESTS = {
     "reading the Deployment": ("GET", "deployments", "get"),
@@ -2269,7 +2281,7 @@ class Cluster:
         that it then writes changes the resourceVersion."""
         deployment = self.read_deployment()
         for seconds in OBSERVE_SECONDS:
-            if not deployment.observed:
+            if not deployment.observed and seconds < self._progress.deadline.left() / 2:
                 sleep(seconds)
                 deployment = self.read_deployment()
         return deployment
@@ -2491,7 +2503,8 @@ class Look:
     what its annotations said at the start of the attempt. `leased`: this look has the lease, and
     had it when the pods were last listed; `verified`: when, on the monotonic clock and the wall's,
     this attempt began to read the queue again; `costs`: the deletion costs that somebody else had
-    set on pods that this look has marked, by UID; `uncleared`: why it left those of an earlier run.
+    set on pods that this look has marked, by UID; `uncleared`: why it left those of an earlier run;
+    `took_over`: it has taken over the lease of another run.
     """
 
     deployment: Deployment
@@ -2516,6 +2529,7 @@ class Look:
         self.verified: tuple[float, datetime] | None = None
         self.costs: dict[str, int] = {}
         self.uncleared = ""
+        self.took_over = False
 
     def take(self) -> Decision:
         """Look, and again from the start if another writer came in between.
@@ -2591,11 +2605,13 @@ class Look:
             cost = last.cost
         busy = self.queue.busy_pods(fleet.pods)
         decision = self.judge(inputs, fleet, busy, cost)
-        # `paused-replicas` does not wait for another run: it takes over that run's lease.
+        # `paused-replicas` does not wait for another run: it takes over that run's lease. Once,
+        # or two runs with the same number would do so in turn.
         other = self.lease_of_another()
-        if other and decision.change < 0 and decision.reason != "Paused":
+        if other and decision.change < 0 and (decision.reason != "Paused" or self.took_over):
             because = f", as another run is removing pods until {write_time(other.until)}"
-            decision = decide(self.settings, replace(inputs, removable=Removable(0, because)))
+            none = Removable(0, because)
+            decision = decide(self.settings, replace(inputs, removable=none, reach=none))
         victims: list[Pod] = []
         if decision.change < 0 and not self.log.output.dry_run:
             count = len(fleet.pods) - (decision.replicas or 0)
@@ -2603,6 +2619,7 @@ class Look:
         if not victims:
             self.clear_costs(fleet)
             return decision
+        self.took_over = self.took_over or other is not None
         self.take_lease(cost)
         generation = self.deployment.generation
         self.clear_costs(fleet, victims)
@@ -2648,8 +2665,9 @@ class Look:
             unset = [pod for pod in idle if pod.cost != cost]
             left_over = len(unset) - len(self.set_costs(unset, cost, until=until))
             if left_over and busy.names:
-                reach = len(idle) - left_over + missing
-                return decide(self.settings, replace(inputs, reach=reach))
+                because = ", as far as there was time to choose idle pods"
+                reach = Removable(len(idle) - left_over + missing, because)
+                return self.judge(replace(inputs, reach=reach), fleet, busy, None)
         return decision
 
     def judge(
@@ -2705,8 +2723,13 @@ class Look:
         """Until the end of this look. Raises a Failure if anybody has written since the Deployment
         was read."""
         seconds = self.progress.deadline.end - self.began
-        lease = Lease(whole_second(self.now + timedelta(seconds=seconds)), cost, self.token)
-        self.deployment = self.cluster.patch_deployment(self.body({LEASE: str(lease)}))
+        until = whole_second(self.now + timedelta(seconds=seconds))
+        lease = str(Lease(until, cost, self.token))
+        if self.pending and lease == self.deployment.annotations.get(LEASE):
+            # It has to differ: somebody has set the lowest cost that there is.
+            self.token = os.urandom(4).hex()
+            lease = str(Lease(until, cost, self.token))
+        self.deployment = self.cluster.patch_deployment(self.body({LEASE: lease}))
         self.leased, self.progress.in_doubt = True, False
         self.pending.clear()
 
@@ -2725,7 +2748,7 @@ class Look:
         try:
             self.set_costs(stale, None, until=until, retry=False)
         except Failure as failure:
-            problem = failure.whole
+            problem = failure.whole if failure.status != 409 else ""
         # They do no harm to what the look is about to do, and the next one tries again.
         if problem or time.monotonic() > until:
             problem = problem or "there was no time"
@@ -2781,9 +2804,15 @@ class Look:
                 text = f"{scale}, and may still be applied; the next look will check"
                 decision = replace(decision, warnings=(*decision.warnings, text))
             return decision
-        if decision.change < 0 and self.is_outdated():
-            problem = "the queue was read too long ago to remove pods"
-            raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
+        if decision.change < 0 and (age := self.read_age()) > FRESH_SECONDS:
+            problem = f"the busy jobs were read {age:.0f} s ago, too long ago to remove pods"
+            advice = (
+                f"if each run says so, reading them takes more than {FRESH_SECONDS} s: raise the "
+                "CPU request, or return the jobs of lost workers to the queue"
+            )
+            raise Failure(
+                "QueueUnavailable", problem, advice=advice, transient=False, read_again=True
+            )
         body = self.body(annotations)
         if decision.change:
             body["spec"] = {"replicas": decision.replicas}
@@ -2799,13 +2828,13 @@ class Look:
             raise
         return self.finish(decision)
 
-    def is_outdated(self) -> bool:
-        """Whether the process was suspended, for example, since the second read. While a whole
-        machine is suspended, only the wall clock goes on."""
+    def read_age(self) -> float:
+        """Seconds since the second read of the queue began, 0 without one. While a whole machine is
+        suspended, only the wall clock goes on."""
         if self.verified is None:
-            return False
+            return 0.0
         ticked, passed = time.monotonic() - self.verified[0], self.log.clock() - self.verified[1]
-        return max(ticked, passed.total_seconds()) > FRESH_SECONDS
+        return max(ticked, passed.total_seconds())
 
     def finish(self, decision: Decision) -> Decision:
         """What remains once the patch is known to have been applied: the Event, as the HPA writes
@@ -2909,9 +2938,11 @@ class Report:
 
 
 def essence(decision: Decision) -> Decision:
-    """Without what differs from look to look while nothing happens."""
+    """Without what differs from look to look while nothing happens. Of a failure, the cause may
+    change."""
     queue = decision.queue and replace(decision.queue, oldest_seconds=None)
-    return replace(decision, queue=queue, message="", annotations={}, wait=None)
+    cause = re.sub(r"\d+", "", decision.message) if decision.exit_code else ""
+    return replace(decision, queue=queue, message=cause, annotations={}, wait=None)
 
 
 def full_message(decision: Decision) -> str:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from threading import Event, Thread
 from typing import Any
 
+Job = dict[str, Any]
 holding = stopping = False
 
 
@@ -29,8 +30,6 @@ signal.signal(signal.SIGTERM, on_sigterm)
 from google.api_core.exceptions import FailedPrecondition, GoogleAPIError  # noqa: E402
 from google.cloud.firestore import And, Client, DocumentReference, FieldFilter  # noqa: E402
 
-Job = dict[str, Any]
-
 
 def work(job: Job) -> None:
     """Your work. A job can come twice; one that raises an exception comes MAX_ATTEMPTS times."""
@@ -45,8 +44,9 @@ MAX_PAUSE_SECONDS = float(os.environ.get("MAX_PAUSE_SECONDS", "30"))
 
 # The four transactions: the fields to write to a job as it is now, or None to leave it alone.
 def claim(job: Job) -> Job | None:
-    now, status, attempts = datetime.now(UTC), job.get("status"), job.get("attempts") or 0
-    lost = status == "processing" and (job.get("leaseUntil") or now) < now
+    now, status, until = datetime.now(UTC), job.get("status"), job.get("leaseUntil")
+    lost = status == "processing" and isinstance(until, datetime) and until < now
+    attempts = job["attempts"] if isinstance(job.get("attempts"), int) else 0
     if stopping or not (status == "waiting" or lost or is_own(job)):
         return None
     if attempts >= MAX_ATTEMPTS:
@@ -123,9 +123,8 @@ def take(client: Client, job: DocumentReference) -> bool:
 def main() -> None:
     global holding
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    project, database = map(os.environ.get, ("FIRESTORE_PROJECT", "FIRESTORE_DATABASE"))
-    client = Client(project, database=database)
-    jobs = client.collection(os.environ.get("QUEUE_COLLECTION", "jobs"))
+    db = Client(os.environ.get("FIRESTORE_PROJECT"), database=os.environ.get("FIRESTORE_DATABASE"))
+    jobs = db.collection(os.environ.get("QUEUE_COLLECTION", "jobs"))
     held = And([FieldFilter("status", "==", "processing"), FieldFilter("assignedPodId", "==", POD)])
     pause, lost_due = 0.0, 0.0
     while not stopping:
@@ -138,7 +137,7 @@ def main() -> None:
             found = [job for each in filters for job in jobs.where(filter=each).limit(10).stream()]
             random.shuffle(found)  # so that few workers want the same job
             holding = True
-            taken = any(take(client, job.reference) for job in found if not stopping)
+            taken = any(take(db, job.reference) for job in found if not stopping)
             pause = 0 if taken else 1 if found else min(2 * pause or 1, MAX_PAUSE_SECONDS)
         except Exception as error:
             logging.warning("%s: %s", type(error).__name__, error)

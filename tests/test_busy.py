@@ -245,6 +245,23 @@ def test_more_busy_jobs_of_a_few_pods_than_are_read_hide_no_busy_pod(
     assert idle in world.cluster.deleted_pods
 
 
+def test_more_busy_jobs_than_are_read_count_once_and_give_a_warning(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two alternatives that a job matches at once."""
+    monkeypatch.setattr(scaler, "BUSY_JOBS", 5)
+    until = START + timedelta(days=1)
+    for number in range(12):
+        pod = live(world)[number % 2]
+        job = {"status": "processing", "assignedPodId": pod, "leaseUntil": until}
+        world.queue.put(f"jobs/a-{number:03}", job)
+    unexpired = ["leaseUntil", ">", {"timestampValue": "now"}]
+    busy = json.dumps([[["status", "==", "processing"]], [unexpired]])
+    run = world.run(JOBS_PER_POD="6", BUSY_FILTER=busy)
+    assert (run.record["busy"], world.replicas) == (12, 2), run
+    assert "more busy jobs than the 10 that are read" in run.stdout, run
+
+
 def elsewhere() -> DocumentReference:
     """A document of another project."""
     return Client("other", AnonymousCredentials()).document("pods/a")  # type: ignore[no-untyped-call]
@@ -587,6 +604,19 @@ def test_paused_replicas_takes_over_another_runs_lease(world: World) -> None:
     assert LEASE not in world.cluster.annotations("worker")
 
 
+def test_two_runs_with_the_same_order_do_not_rob_each_other_for_ever(world: World) -> None:
+    """Once a run has taken over the lease of another one, it respects the next."""
+    busy, *idle = live(world)
+    hold(world.queue, [busy])
+    until = lease(world, 30)
+    world.cluster.annotate("worker", **{"queue-scaler/paused-replicas": "1"})
+    world.cluster.hook(scales, lambda _: taken_over(world, idle))
+    run = world.run()
+    assert (run.exit_code, run.reason, world.replicas) == (0, "Paused", 5), run
+    assert "paused-replicas=1, as another run is removing pods until" in run.stdout, (run, until)
+    assert costs(world) == dict.fromkeys(idle, "-300000000"), run
+
+
 def test_a_run_reuses_its_own_lease_after_a_conflict(world: World) -> None:
     """Somebody annotates the Deployment between the marks and the patch."""
     busy, *idle = live(world)
@@ -907,6 +937,7 @@ def test_paused_replicas_goes_as_far_as_idle_pods_can_be_chosen_in_time(
     run = world.run(TIMEOUT_SECONDS="4")
     assert busy in live(world) and len(live(world)) == world.replicas in range(2, 12), run
     assert "paused-replicas=1, as far as there was time to choose idle pods; scaled" in run.stdout
+    assert "among those removed" not in run.stdout
     world.cluster.clear_faults()
     world.pass_time()
     run = world.run()

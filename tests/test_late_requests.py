@@ -13,6 +13,7 @@ import scaler
 from scaler import LEASE
 from tests.support.firestore import On
 from tests.support.kubernetes import Match, Request, hang
+from tests.support.kubernetes_objects import DELETION_COST
 from tests.support.world import BUSY, World
 
 EAGER = {
@@ -90,12 +91,23 @@ def test_a_patch_that_there_was_no_time_for_is_known_not_to_have_arrived(
     assert world.cluster.calls(PATCH) == []
 
 
-@pytest.mark.parametrize("claimed_at", [3, 4])
-def test_a_late_patch_meets_the_version_of_the_next_attempt(world: World, claimed_at: int) -> None:
+@pytest.mark.parametrize(("claimed_at", "lowest"), [(3, False), (4, False), (3, True)])
+def test_a_late_patch_meets_the_version_of_the_next_attempt(
+    world: World, claimed_at: int, lowest: bool
+) -> None:
     """The first scale hangs on its way until the client gives up; a victim claims a job; the second
-    attempt, under the same lease, takes its mark away; then the first scale arrives."""
+    attempt takes its mark away; then the first scale arrives. `lowest`: somebody has set the lowest
+    deletion cost that there is, so that no lease's can be lower."""
     held = live(world)[:3]
     hold(world, held)
+    if lowest:
+        cost = {DELETION_COST: str(-(2**31))}
+        world.cluster.edit(
+            "pods",
+            live(world)[-1],
+            lambda pod: pod["metadata"].setdefault("annotations", {}).update(cost),
+            "somebody",
+        )
     world.cluster.fault(scales, hang())
     answers: list[int] = []
 

@@ -64,8 +64,10 @@ DECISIONS = [
     (SETTINGS, observed(5, paused_replicas="5", paused_until=UNTIL),
      "Paused: queue-scaler/paused-replicas=5 until 2026-01-01T01:00:00Z; stays at 5 pods"),
     (SETTINGS, observed(8, reach=3, paused_replicas="2"),
-     "Paused: queue-scaler/paused-replicas=2, as far as there was time to choose idle pods; scaled "
-     "down from 8 to 5 pods"),
+     "Paused: queue-scaler/paused-replicas=2, as far as there was time; scaled down from 8 "
+     "to 5 pods"),
+    (SETTINGS, observed(8, reach=6, paused_replicas="2"),
+     "Paused: queue-scaler/paused-replicas=2; scaled down from 8 to 2 pods"),
     (SETTINGS, observed(2, paused="true", paused_replicas="5"),
      "Paused: paused by annotation, queue-scaler/paused-replicas=5 waits until it is deleted; "
      "stays at 2 pods"),
@@ -432,10 +434,12 @@ def test_a_look_without_time_in_words(world: World, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("one_try")
 def test_a_queue_read_too_long_ago_in_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaler, "FRESH_SECONDS", -1)
+    monkeypatch.setattr(scaler, "FRESH_SECONDS", 0)
     world.cluster.scale("worker", 3)
     assert last_line(world.run(**DOWN)) == (
-        "ClusterUnavailable: the queue was read too long ago to remove pods; stays at 3 pods"
+        "QueueUnavailable: the busy jobs were read 0 s ago, too long ago to remove pods; stays at "
+        "3 pods; if each run says so, reading them takes more than 0 s: raise the CPU request, or "
+        "return the jobs of lost workers to the queue"
     )
 
 

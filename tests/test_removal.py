@@ -427,6 +427,12 @@ def test_a_busy_job_that_names_no_live_pod_protects_none(value: object) -> None:
     assert f"pod={value!r} in jobs/1" in warning
 
 
+def test_a_warning_names_three_of_many_pods() -> None:
+    pods = [replace(W1, name=f"w-{number}", uid=f"u-{number}") for number in range(10)]
+    [warning] = find_busy_pods(pods, [("jobs/1", "node-a")], "pod").warnings
+    assert "counts as w-0, w-1, w-2 and 7 more; such a pod" in warning
+
+
 def test_busy_jobs_are_reported_by_number_with_one_example() -> None:
     jobs: list[tuple[str, object]] = [(f"jobs/{n}", f"gone-{n}") for n in range(40)]
     jobs += [(f"jobs/x{n}", f"{W1.name}.local") for n in range(5)]

@@ -33,7 +33,8 @@ def observed(
     """At START: so many replicas, jobs and annotations, and how many of the pods can go."""
     can = None if removable is None else Removable(removable, because)
     state, queue = remembered(annotations), QueueLength(waiting, busy=busy)
-    return Inputs(START, replicas, state, queue, can, own_zero, reach)
+    order = None if reach is None else Removable(reach, ", as far as there was time")
+    return Inputs(START, replicas, state, queue, can, own_zero, order)
 
 
 def ago(seconds: float, direction: str = "up") -> dict[str, Any]:
