@@ -2598,12 +2598,13 @@ class Look:
     def scale_down(self, inputs: Inputs, fleet: Fleet) -> Decision:
         """The decision, ready to be applied: if it removes pods, its victims have the lowest
         deletion cost, and a second read of the queue has found them idle."""
+        busy = self.queue.busy_pods(fleet.pods)
         last = self.last_lease()
         cost = victim_cost(self.now, fleet.pods, last)
-        # A rescale still in flight must meet another resourceVersion, and so another lease.
-        if last and self.is_own_lease() and not self.pending:
+        # An attempt goes on with the marks of the one before, unless a victim has claimed a job.
+        claimed = any(pod.cost <= HIGHEST_MARK for pod in fleet.pods if pod.name in busy.names)
+        if last and self.is_own_lease() and not (claimed or self.pending):
             cost = last.cost
-        busy = self.queue.busy_pods(fleet.pods)
         decision = self.judge(inputs, fleet, busy, cost)
         # `paused-replicas` does not wait for another run: it takes over that run's lease. Once,
         # or two runs with the same number would do so in turn.
@@ -2720,8 +2721,12 @@ class Look:
         return None
 
     def take_lease(self, cost: int) -> None:
-        """Until the end of this look. Raises a Failure if anybody has written since the Deployment
-        was read."""
+        """Until the end of this look, unless this look has it already. Raises a Failure if anybody
+        has written since the Deployment was read."""
+        last = self.last_lease()
+        # A rescale still in flight must meet another resourceVersion, and so another lease.
+        if last and last.cost <= cost and self.is_own_lease() and not self.pending:
+            return self.confirm_lease()
         seconds = self.progress.deadline.end - self.began
         until = whole_second(self.now + timedelta(seconds=seconds))
         lease = str(Lease(until, cost, self.token))
@@ -2732,6 +2737,18 @@ class Look:
         self.deployment = self.cluster.patch_deployment(self.body({LEASE: lease}))
         self.leased, self.progress.in_doubt = True, False
         self.pending.clear()
+
+    def confirm_lease(self) -> None:
+        """Whether the pods were listed under this look's own lease. Raises a Failure if not.
+
+        `self.deployment` stays as it was read before that: whatever has changed since has to make
+        the patch fail.
+        """
+        there = self.cluster.read_deployment()
+        if there.annotations.get(LEASE) != self.deployment.annotations.get(LEASE):
+            problem = "another run took the lease over while pods were chosen"
+            raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
+        self.leased = True
 
     def clear_costs(self, fleet: Fleet, victims: Sequence[Pod] = ()) -> None:
         """Remove the deletion costs left by a run that did not get to its patch. Not while a
@@ -2764,10 +2781,8 @@ class Look:
     ) -> list[Pod]:
         """The pods after that, without those that are gone, or that were not reached `until` then,
         on the monotonic clock. Without a cost, each gets back the one that it had before."""
-        lease = self.last_lease()
-        if lease and pods and not self.leased:
-            # Unchanged, but rejected if anybody has written since the pods were listed.
-            self.take_lease(lease.cost)
+        if pods and not self.leased:
+            self.confirm_lease()
         if cost is not None:
             self.costs |= {pod.uid: pod.cost for pod in pods if pod.cost > HIGHEST_MARK}
 
