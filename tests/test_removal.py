@@ -388,6 +388,7 @@ FORMS: dict[str, tuple[object, str]] = {
     "its address with a port": ("10.0.0.1:8080", "'10.0.0.1:8080'"),
     "its address in a URL": ("http://10.0.0.1:8080/run", "'http://10.0.0.1:8080/run'"),
     "its IPv6 address with a port": ("[fd00::1]:8080", "'[fd00::1]:8080'"),
+    "its IPv6 address with a port and no brackets": ("fd00::1:8080", "'fd00::1:8080'"),
     "an address in a list as text": ("[10.0.0.9, 10.0.0.1]", "'[10.0.0.9, 10.0.0.1]'"),
 }  # fmt: skip
 
@@ -476,6 +477,13 @@ def test_a_cost_that_a_run_gave_back_orders_victims() -> None:
     high = replace(A, cost=1000, own_cost=True, node="a")
     none = replace(B, node="b")
     assert [one.name for one in choose_victims([high, none], (), 1)] == [none.name]
+
+
+def test_a_mark_orders_victims_as_no_cost_at_all_does() -> None:
+    marked = replace(B, cost=scaler.HIGHEST_MARK, own_cost=True, node="n")
+    low, none = replace(A, cost=-5, node="n"), replace(A, name="c", node="n")
+    order = [one.name for one in choose_victims([none, marked, low], (), 3)]
+    assert order == [low.name, marked.name, none.name], "b before c, by their names"
 
 
 def test_a_cost_that_a_run_has_set_does_not_order_victims() -> None:
