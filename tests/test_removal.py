@@ -428,10 +428,11 @@ def test_a_busy_job_that_names_no_live_pod_protects_none(value: object) -> None:
     assert f"pod={value!r} in jobs/1" in warning
 
 
-def test_a_warning_names_three_of_many_pods() -> None:
-    pods = [replace(W1, name=f"w-{number}", uid=f"u-{number}") for number in range(10)]
+@pytest.mark.parametrize(("number", "more"), [(3, ""), (4, " and 1 more"), (10, " and 7 more")])
+def test_a_warning_names_three_of_many_pods(number: int, more: str) -> None:
+    pods = [replace(W1, name=f"w-{index}", uid=f"u-{index}") for index in range(number)]
     [warning] = find_busy_pods(pods, [("jobs/1", "node-a")], "pod").warnings
-    assert "counts as w-0, w-1, w-2 and 7 more; such a pod" in warning
+    assert f"counts as w-0, w-1, w-2{more}; such a pod" in warning
 
 
 def test_busy_jobs_are_reported_by_number_with_one_example() -> None:
