@@ -922,6 +922,27 @@ def test_no_pod_is_removed_while_the_deployment_controller_is_asleep(
     assert world.cluster.deleted_pods == []
 
 
+def test_a_slow_deployment_controller_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaler, "OBSERVE_SECONDS", (0.01, 0.02, 0.03, 0.04))
+    busy, *_ = live(world)
+    hold(world.queue, [busy])
+    reads: list[Request] = []
+    with world.cluster.by_steps() as controllers:
+
+        def observe_late(request: Request) -> None:
+            reads.append(request)
+            if len(reads) == 5:  # one before the lease, and four that wait
+                controllers.step("default", "deployments", "worker")
+
+        world.cluster.hook(Match("get", "deployments"), observe_late, times=None)
+        run = world.run()
+        assert (run.reason, world.replicas) == ("ScaledDown", 1), run
+    world.cluster.controllers.run("default")
+    assert live(world) == [busy]
+
+
 def test_paused_replicas_goes_as_far_as_idle_pods_can_be_chosen_in_time(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

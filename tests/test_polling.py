@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
 from grpc import StatusCode  # type: ignore[import-untyped]
 
-from scaler import ANNOTATION, read_time, write_time
+from scaler import ANNOTATION, Decision, essence, read_time, write_time
 from tests.support.firestore import Fail, Hang
 from tests.support.kubernetes import Match
 from tests.support.world import START, Run, World
@@ -78,6 +79,15 @@ def test_a_failure_and_a_recovery_have_a_line_each(polling: World) -> None:
     run = polling.run()
     assert (run.exit_code, run.record["reason"]) == (1, "QueueUnavailable"), "the last one failed"
     assert polling.replicas == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "is_news"), [("503 down for 7 s", False), ("401 the token has expired", True)]
+)
+def test_a_failure_is_logged_again_if_its_cause_changes(message: str, is_news: bool) -> None:
+    """Not if only a number in it does."""
+    before = Decision(1, "QueueUnavailable", "503 down for 5 s", 1, exit_code=1)
+    assert (essence(before) != essence(replace(before, message=message))) is is_news
 
 
 def test_an_annotation_is_applied_at_the_next_look(polling: World) -> None:
