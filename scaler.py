@@ -2286,7 +2286,7 @@ class Cluster:
                 deployment = self.read_deployment()
         return deployment
 
-    def read_fleet(self, deployment: Deployment, observed: bool) -> Fleet:
+    def read_fleet(self, deployment: Deployment) -> Fleet:
         """The Deployment's live pods. Its ReplicaSets are listed first: a pod of one that is
         missing there would not count."""
         query = {"labelSelector": deployment.selector}
@@ -2298,7 +2298,7 @@ class Cluster:
         sets = self._list("listing the ReplicaSets", "ReplicaSetList", own, query)
         query["fieldSelector"] = "status.phase!=Succeeded,status.phase!=Failed"
         live = self._list("listing the pods", "PodList", parse_pod, query)
-        return make_fleet(deployment.replicas, observed, sets, live)
+        return make_fleet(deployment.replicas, deployment.observed, sets, live)
 
     def _list(
         self,
@@ -2575,14 +2575,14 @@ class Look:
         decision = override(settings, inputs)
         if decision is None:
             if settings.busy_filter is not None:
-                fleet = self.cluster.read_fleet(self.deployment, self.deployment.observed)
+                fleet = self.cluster.read_fleet(self.deployment)
             length, warnings = self.queue.count(None if fleet is None else fleet.names)
             self.warnings += warnings
             self.check_field(length)
             inputs = replace(inputs, queue=length)
             decision = decide(settings, inputs)
         if settings.busy_filter is not None and decision.change < 0:
-            fleet = fleet or self.cluster.read_fleet(self.deployment, self.deployment.observed)
+            fleet = fleet or self.cluster.read_fleet(self.deployment)
             return self.scale_down(inputs, fleet)
         if fleet is not None:
             self.clear_costs(fleet)
@@ -2643,7 +2643,7 @@ class Look:
         if self.deployment.generation != generation or not self.is_own_lease():
             problem = "the Deployment changed while pods were chosen"
             raise Failure("ClusterUnavailable", problem, transient=False, read_again=True)
-        fleet = self.cluster.read_fleet(self.deployment, self.deployment.observed)
+        fleet = self.cluster.read_fleet(self.deployment)
         self.leased, self.verified = False, (time.monotonic(), self.log.clock())
         busy = self.queue.busy_pods(fleet.pods)
         chosen = {pod.name for pod in victims}
@@ -2739,7 +2739,8 @@ class Look:
         self.pending.clear()
 
     def confirm_lease(self) -> None:
-        """Whether the pods were listed under this look's own lease. Raises a Failure if not.
+        """Make sure that the pods were listed under this look's own lease. Raises a Failure if they
+        were not.
 
         `self.deployment` stays as it was read before that: whatever has changed since has to make
         the patch fail.

@@ -27,7 +27,7 @@ import scaler
 from scaler import LEASE
 from tests.conftest import Queue
 from tests.support.firestore import Call, Fail, FakeFirestore, On
-from tests.support.kubernetes import FakeKubernetes, Match, Request, answer
+from tests.support.kubernetes import FakeKubernetes, Match, Request, answer, scales
 from tests.support.kubernetes_objects import DELETION_COST, Object
 from tests.support.world import BUSY, START, World
 
@@ -112,11 +112,6 @@ def lease(world: World, seconds: int, cost: str = "-189388900", run: str = "abcd
     until = scaler.write_time(world.now + timedelta(seconds=seconds))
     world.cluster.annotate("worker", "queue-scaler", **{LEASE: f"{until} {cost} {run}"})
     return until
-
-
-def scales(request: Request) -> bool:
-    """Whether a request changes the number of replicas."""
-    return PATCHED_DEPLOYMENT(request) and "spec" in request.body
 
 
 def lease_patches(world: World) -> list[Request]:

@@ -12,7 +12,7 @@ import pytest
 import scaler
 from scaler import LEASE
 from tests.support.firestore import On
-from tests.support.kubernetes import Match, Request, hang
+from tests.support.kubernetes import Match, Request, hang, scales
 from tests.support.kubernetes_objects import DELETION_COST
 from tests.support.world import BUSY, World
 
@@ -23,10 +23,6 @@ EAGER = {
     "SCALE_DOWN_STABILIZATION_SECONDS": "0",
 }
 PATCH = Match("patch", "deployments")
-
-
-def scales(request: Request) -> bool:
-    return PATCH(request) and "spec" in request.body
 
 
 def ends(request: Request) -> bool:

@@ -59,7 +59,12 @@ from tests.support.kubernetes_objects import (
 )
 from tests.support.rules import Rule
 
-__all__ = ["FakeKubernetes", "Match", "Request"]
+__all__ = ["FakeKubernetes", "Match", "Request", "scales"]
+
+
+def scales(request: Request) -> bool:
+    """Whether a request is a patch that changes the number of replicas."""
+    return Match("patch", "deployments")(request) and "spec" in request.body
 
 
 # --- Faults --------------------------------------------------------------------------------------
